@@ -1,0 +1,128 @@
+// Communicator: collectives among the ranks of one group. One instance is one total order.
+//
+// Order:    every member issues the same sequence of calls, with the same sizes and dtypes.
+// Stream:   an operation is queued behind the work already on `stream` and completes in its order;
+//           the call does not wait for it. Errors of queued work come out of the stream's events;
+//           on an inline stream they come out of the call.
+// Lifetime: tensors are held until the operation has run; the caller may drop its own references.
+// Sums:     in ascending rank order, in fp32 (fp64 for fp64, the type itself for integers), rounded
+//           once to the tensors' dtype. There is no average: scaling is the caller's, in fp32.
+// Traffic:  what the backend's algorithm sends and receives, by peer, split by node; see Traffic.
+//
+// Thread safety: one thread at a time.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "mics/stream.h"
+
+namespace mics {
+
+// Who is in a group, as this rank sees it.
+struct GroupInfo {
+  std::string name;              // "gather/rail"; in messages and reports
+  std::vector<int> world_ranks;  // members, ascending
+  std::vector<int> nodes;        // node of each member; same length
+  int rank = 0;                  // index of this rank among the members
+  [[nodiscard]] int size() const { return static_cast<int>(world_ranks.size()); }
+};
+
+// Calls and bytes of one communicator since it was made. A byte to or from a member on another node is
+// `inter`, else `intra`. Counted when an operation is issued.
+struct Traffic {
+  int64_t calls = 0;
+  int64_t sent_intra_nbytes = 0;
+  int64_t sent_inter_nbytes = 0;
+  int64_t received_intra_nbytes = 0;
+  int64_t received_inter_nbytes = 0;
+};
+
+// One piece of a grouped operation; see all_gather and reduce_scatter.
+struct TensorPair {
+  at::Tensor output;
+  at::Tensor input;
+};
+
+class Communicator {
+ public:
+  virtual ~Communicator() = default;
+  Communicator(const Communicator&) = delete;
+  Communicator& operator=(const Communicator&) = delete;
+
+  [[nodiscard]] const GroupInfo& group() const { return group_; }
+  [[nodiscard]] const Traffic& traffic() const { return traffic_; }
+
+  // Gathers every member's inputs into the outputs, in rank order; all pairs as one launch.
+  //
+  //   input    [numel]           this rank's piece
+  //   output   [size * numel]    rank r's piece at [r * numel, (r+1) * numel)
+  //
+  // Pairs may differ in numel (0 too) but not in dtype. All tensors contiguous, on one device.
+  // Aliasing: input may be output[rank * numel ...]; any other overlap is an error.
+  // Throws:   InvalidArgument before anything is queued. CommError, TimeoutError from the stream.
+  // Cost:     received: (size - 1) * numel elements per pair. Copies beside that: none on local; one
+  //           staging copy on each side on c10d when there are several pairs.
+  void all_gather(const std::vector<TensorPair>& pairs, Stream& stream);
+  void all_gather(const at::Tensor& output, const at::Tensor& input, Stream& stream) {
+    all_gather(std::vector<TensorPair>{{output, input}}, stream);
+  }
+
+  // Sums every member's inputs and leaves piece r of the sum at rank r; all pairs as one launch.
+  //
+  //   input    [size * numel]    piece r at [r * numel, (r+1) * numel)
+  //   output   [numel]           the sum of all members' pieces for this rank
+  //
+  // Dtypes, devices: as all_gather. Aliasing: output may be input[rank * numel ...], which is then
+  // overwritten; any other overlap is an error.
+  // Throws:   as all_gather.
+  // Cost:     sent and received: (size - 1) * numel elements per pair, each to its owner directly.
+  void reduce_scatter(const std::vector<TensorPair>& pairs, Stream& stream);
+  void reduce_scatter(const at::Tensor& output, const at::Tensor& input, Stream& stream) {
+    reduce_scatter(std::vector<TensorPair>{{output, input}}, stream);
+  }
+
+  // Replaces `tensor` [numel] by the sum over all members; bitwise equal on every member.
+  // Throws:   as all_gather.
+  // Cost:     sent and received: 2 * (size - 1) * ceil(numel / size) elements.
+  void all_reduce(const at::Tensor& tensor, Stream& stream);
+
+  // Returns when every member has called it.
+  virtual void barrier() = 0;
+
+ protected:
+  explicit Communicator(GroupInfo group);
+
+  // Called with valid arguments and size() > 1; the base has handled a group of one.
+  virtual void do_all_gather(const std::vector<TensorPair>& pairs) = 0;
+  virtual void do_reduce_scatter(const std::vector<TensorPair>& pairs) = 0;
+  virtual void do_all_reduce(const at::Tensor& tensor) = 0;
+
+  // How a backend moves an all-gather, for the counters. kDirect: each member's piece goes straight to
+  // every other. kRing: all pieces pass through the next member of the group.
+  enum class GatherRoute { kDirect, kRing };
+  [[nodiscard]] virtual GatherRoute gather_route() const = 0;
+
+ private:
+  void count_direct(int64_t sent_nbytes_per_peer, int64_t received_nbytes_per_peer);
+  void count_ring(int64_t nbytes);
+  void count_gather(int64_t nbytes_per_member);
+  [[nodiscard]] bool is_same_node(int member) const;
+  void check_pairs(const char* op, const std::vector<TensorPair>& pairs, bool output_is_larger) const;
+
+  const GroupInfo group_;
+  Traffic traffic_;
+};
+
+// The accumulation type of a sum: fp32 for fp32, bf16 and fp16; fp64 for fp64; int64 for int64.
+// Throws InvalidArgument for any other dtype.
+[[nodiscard]] at::ScalarType accumulation_dtype(at::ScalarType dtype);
+
+// Sums `pieces` in the given order as the class comment says and writes `output`. For backends.
+// `output` may alias any piece.
+void sum_in_order(const at::Tensor& output, const std::vector<at::Tensor>& pieces);
+
+}  // namespace mics

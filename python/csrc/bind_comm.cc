@@ -1,0 +1,99 @@
+#include <pybind11/chrono.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+
+#include "bindings.h"
+#include "mics/c10d_communicator.h"
+#include "mics/communicator.h"
+#include "mics/local_world.h"
+
+namespace py = pybind11;
+
+namespace mics {
+
+namespace {
+
+using Tensors = std::vector<at::Tensor>;
+
+std::vector<TensorPair> to_pairs(const Tensors& outputs, const Tensors& inputs) {
+  if (outputs.size() != inputs.size()) {
+    throw py::value_error("a grouped collective needs as many outputs as inputs: got " +
+                          std::to_string(outputs.size()) + " and " + std::to_string(inputs.size()) +
+                          ".");
+  }
+  std::vector<TensorPair> pairs;
+  for (size_t i = 0; i < outputs.size(); ++i) pairs.push_back({outputs[i], inputs[i]});
+  return pairs;
+}
+
+GroupInfo to_group(std::string name, std::vector<int> world_ranks, std::vector<int> nodes, int rank) {
+  return {std::move(name), std::move(world_ranks), std::move(nodes), rank};
+}
+
+}  // namespace
+
+void bind_comm(py::module_& module) {
+  py::class_<Traffic>(module, "Traffic")
+      .def_readonly("calls", &Traffic::calls)
+      .def_readonly("sent_intra_nbytes", &Traffic::sent_intra_nbytes)
+      .def_readonly("sent_inter_nbytes", &Traffic::sent_inter_nbytes)
+      .def_readonly("received_intra_nbytes", &Traffic::received_intra_nbytes)
+      .def_readonly("received_inter_nbytes", &Traffic::received_inter_nbytes);
+
+  using Release = py::call_guard<py::gil_scoped_release>;
+  py::class_<Communicator, std::shared_ptr<Communicator>>(module, "Communicator")
+      .def_property_readonly("name", [](const Communicator& self) { return self.group().name; })
+      .def_property_readonly("world_ranks",
+                             [](const Communicator& self) { return self.group().world_ranks; })
+      .def_property_readonly("rank", [](const Communicator& self) { return self.group().rank; })
+      .def_property_readonly("size", [](const Communicator& self) { return self.group().size(); })
+      .def_property_readonly("traffic", [](const Communicator& self) { return self.traffic(); })
+      .def(
+          "all_gather",
+          [](Communicator& self, const Tensors& outputs, const Tensors& inputs) {
+            self.all_gather(to_pairs(outputs, inputs), *make_inline_stream());
+          },
+          py::arg("outputs"), py::arg("inputs"), Release())
+      .def(
+          "reduce_scatter",
+          [](Communicator& self, const Tensors& outputs, const Tensors& inputs) {
+            self.reduce_scatter(to_pairs(outputs, inputs), *make_inline_stream());
+          },
+          py::arg("outputs"), py::arg("inputs"), Release())
+      .def(
+          "all_reduce",
+          [](Communicator& self, const at::Tensor& tensor) {
+            self.all_reduce(tensor, *make_inline_stream());
+          },
+          py::arg("tensor"), Release())
+      .def("barrier", &Communicator::barrier, Release());
+
+  py::class_<LocalWorld>(module, "LocalWorld")
+      .def(py::init<int, std::chrono::milliseconds>(), py::arg("world_size"), py::kw_only(),
+           py::arg("timeout"))
+      .def(
+          "make_communicator",
+          [](LocalWorld& self, std::string name, std::vector<int> world_ranks, std::vector<int> nodes,
+             int rank) {
+            return std::shared_ptr<Communicator>(self.make_communicator(
+                to_group(std::move(name), std::move(world_ranks), std::move(nodes), rank)));
+          },
+          py::kw_only(), py::arg("name"), py::arg("world_ranks"), py::arg("nodes"), py::arg("rank"),
+          py::keep_alive<0, 1>());
+
+  module.def(
+      "make_c10d_communicator",
+      [](const c10::intrusive_ptr<c10d::ProcessGroup>& process_group, std::string name,
+         std::vector<int> world_ranks, std::vector<int> nodes, int rank,
+         std::chrono::milliseconds timeout) {
+        return std::shared_ptr<Communicator>(make_c10d_communicator(
+            to_group(std::move(name), std::move(world_ranks), std::move(nodes), rank), process_group,
+            timeout));
+      },
+      py::arg("process_group"), py::kw_only(), py::arg("name"), py::arg("world_ranks"),
+      py::arg("nodes"), py::arg("rank"), py::arg("timeout"), Release());
+}
+
+}  // namespace mics

@@ -1,0 +1,121 @@
+#include <pybind11/functional.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "bindings.h"
+#include "mics/engine.h"
+#include "mics/unit.h"
+#include "parameter_exchange.h"
+
+namespace py = pybind11;
+
+namespace mics {
+
+namespace {
+
+using CommunicatorPtr = std::shared_ptr<Communicator>;
+
+// A unit and what must outlive it. The communicators are declared first, so they go last.
+struct OwnedUnit {
+  std::vector<CommunicatorPtr> communicators;
+  Unit unit;
+};
+
+std::shared_ptr<Unit> make_unit(std::string name, std::vector<UnitParameter> parameters,
+                                at::Tensor shard, at::Tensor gradient,
+                                at::ScalarType parameter_dtype, at::ScalarType reduce_dtype,
+                                int partition_size, CommunicatorPtr gather_rail,
+                                CommunicatorPtr gather_intra, CommunicatorPtr reduce_rail,
+                                CommunicatorPtr reduce_intra, CommunicatorPtr replicate) {
+  UnitOptions options;
+  options.name = std::move(name);
+  options.parameters = std::move(parameters);
+  options.shard = std::move(shard);
+  options.gradient = std::move(gradient);
+  options.parameter_dtype = parameter_dtype;
+  options.reduce_dtype = reduce_dtype;
+  options.partition_size = partition_size;
+  const UnitCommunicators communicators = {{gather_rail.get(), gather_intra.get()},
+                                           {reduce_rail.get(), reduce_intra.get()},
+                                           replicate.get()};
+  auto owned = std::shared_ptr<OwnedUnit>(
+      new OwnedUnit{{gather_rail, gather_intra, reduce_rail, reduce_intra, replicate},
+                    Unit(std::move(options), communicators)});
+  return std::shared_ptr<Unit>(owned, &owned->unit);
+}
+
+}  // namespace
+
+void bind_runtime(py::module_& module) {
+  using Release = py::call_guard<py::gil_scoped_release>;
+
+  module.def("layout_alignment", &layout_alignment, py::arg("parameter_dtype"),
+             py::arg("reduce_dtype"));
+
+  py::class_<ParameterExchange, std::shared_ptr<ParameterExchange>>(module, "ParameterExchange")
+      .def(py::init<>())
+      .def("add", &ParameterExchange::add, py::arg("parameters"), py::arg("key"), py::kw_only(),
+           py::arg("sharded"), py::arg("full"), py::arg("name"))
+      .def("apply", &ParameterExchange::apply, py::arg("full"))
+      .def("replaced", &ParameterExchange::replaced);
+
+  py::class_<UnitParameter>(module, "UnitParameter")
+      .def(py::init([](std::string name, std::vector<int64_t> sizes, at::Tensor sharded,
+                       const std::optional<at::Tensor>& gradient) {
+             return UnitParameter{std::move(name), std::move(sizes), std::move(sharded),
+                                  gradient.value_or(at::Tensor()), gradient.has_value()};
+           }),
+           py::kw_only(), py::arg("name"), py::arg("sizes"), py::arg("sharded"), py::arg("gradient"));
+
+  py::class_<UnitSettings>(module, "UnitSettings")
+      .def_readwrite("reshard_after_forward", &UnitSettings::reshard_after_forward)
+      .def_readwrite("reshard_after_backward", &UnitSettings::reshard_after_backward)
+      .def_readwrite("unshard_in_backward", &UnitSettings::unshard_in_backward)
+      .def_readwrite("reduce_gradients", &UnitSettings::reduce_gradients)
+      .def_readwrite("synchronize_gradients", &UnitSettings::synchronize_gradients)
+      .def_readwrite("gradient_factor", &UnitSettings::gradient_factor);
+
+  py::class_<Unit, std::shared_ptr<Unit>>(module, "Unit")
+      .def(py::init(&make_unit), py::kw_only(), py::arg("name"), py::arg("parameters"),
+           py::arg("shard"), py::arg("gradient"), py::arg("parameter_dtype"), py::arg("reduce_dtype"),
+           py::arg("partition_size"), py::arg("gather_rail"), py::arg("gather_intra"),
+           py::arg("reduce_rail"), py::arg("reduce_intra"), py::arg("replicate"))
+      .def_property_readonly("name", &Unit::name)
+      .def_property_readonly("layout", &Unit::layout, py::return_value_policy::reference_internal)
+      .def_property_readonly("gradient_layout", &Unit::gradient_layout,
+                             py::return_value_policy::reference_internal)
+      .def_property_readonly("settings", &Unit::settings, py::return_value_policy::reference_internal)
+      .def_property_readonly("is_unsharded", &Unit::is_unsharded)
+      .def_property_readonly("has_pending", &Unit::has_pending)
+      .def_property_readonly("has_full_gradient", &Unit::has_full_gradient)
+      .def("full_views", &Unit::full_views)
+      .def("set_full_parameters", &Unit::set_full_parameters)
+      .def("set_exchange",
+           [](Unit& self, std::shared_ptr<ParameterExchange> exchange) {
+             self.set_exchange([exchange](bool full) { exchange->apply(full); });
+           })
+      .def("set_gradient_hook", &Unit::set_gradient_hook)
+      .def("drop_gradients", &Unit::drop_gradients, Release())
+      .def("reset", &Unit::reset, Release());
+
+  py::class_<Engine, std::shared_ptr<Engine>>(module, "Engine")
+      .def(py::init([](std::vector<std::shared_ptr<Unit>> units, const CommunicatorPtr& control) {
+             return Engine::create(std::move(units), control.get(), make_inline_stream());
+           }),
+           py::arg("units"), py::kw_only(), py::arg("control"), py::keep_alive<1, 3>())
+      .def("pre_forward", &Engine::pre_forward, py::arg("unit"), Release())
+      .def("watch_outputs", &Engine::watch_outputs, py::arg("unit"), py::arg("outputs"), Release())
+      .def("post_forward", &Engine::post_forward, py::arg("unit"), py::kw_only(), py::arg("failed"),
+           Release())
+      .def("unshard", &Engine::unshard, py::arg("unit"), Release())
+      .def("reshard", &Engine::reshard, py::arg("unit"), Release())
+      .def("set_backward_prefetch", &Engine::set_backward_prefetch, py::arg("unit"), py::arg("ahead"))
+      .def("finish_backward", &Engine::finish_backward, Release())
+      .def("set_manual_finalization", &Engine::set_manual_finalization)
+      .def("unfinished_units", &Engine::unfinished_units)
+      .def("matches_requires_grad", &Engine::matches_requires_grad)
+      .def_property_readonly("is_in_backward", &Engine::is_in_backward)
+      .def("reset", &Engine::reset, Release());
+}
+
+}  // namespace mics

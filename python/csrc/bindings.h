@@ -1,0 +1,12 @@
+// The parts of torch_mics._C, one per layer.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace mics {
+
+void bind_plan(pybind11::module_& module);
+void bind_comm(pybind11::module_& module);
+void bind_runtime(pybind11::module_& module);
+
+}  // namespace mics

@@ -1,0 +1,40 @@
+// ParameterExchange: puts the full or the sharded parameters of a unit into its modules' dictionaries.
+//
+// One call per unit; no Python code runs per parameter.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <vector>
+
+namespace mics {
+
+class ParameterExchange {
+ public:
+  ParameterExchange() = default;
+  ParameterExchange(const ParameterExchange&) = delete;
+  ParameterExchange& operator=(const ParameterExchange&) = delete;
+  // May run on a thread without the GIL.
+  ~ParameterExchange();
+
+  // `parameters` is a module's `_parameters`. A tied parameter is added once per place. With the GIL.
+  void add(pybind11::dict parameters, pybind11::str key, pybind11::object sharded, pybind11::object full,
+           std::string name);
+  // Takes the GIL. Throws InvalidArgument when a place holds neither tensor: somebody replaced it.
+  void apply(bool full);
+  // Names of parameters whose place holds something else than the sharded tensor. With the GIL.
+  [[nodiscard]] std::vector<std::string> replaced() const;
+
+ private:
+  struct Place {
+    pybind11::dict parameters;
+    pybind11::str key;
+    pybind11::object sharded;
+    pybind11::object full;
+    std::string name;
+  };
+  std::vector<Place> places_;
+};
+
+}  // namespace mics

@@ -1,0 +1,41 @@
+"""MiCS for PyTorch: sharded data parallelism whose cost does not grow with the cluster."""
+
+from torch_mics._build_check import check_import as _check_import
+
+_check_import()
+
+from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy  # noqa: E402
+
+from torch_mics import checkpoint  # noqa: E402
+from torch_mics._C import CommError, InternalError, TimeoutError  # noqa: A004, E402
+from torch_mics._full_state import full_state_dict, load_full_state_dict  # noqa: E402
+from torch_mics._fully_shard import fully_shard  # noqa: E402
+from torch_mics._groups import init_mesh  # noqa: E402
+from torch_mics._materialize import materialize  # noqa: E402
+from torch_mics._module import MiCSModule, UnshardHandle  # noqa: E402
+from torch_mics._shard_model import shard_model  # noqa: E402
+from torch_mics._training import clip_grad_norm_, microbatch, traffic  # noqa: E402
+from torch_mics._unsharded import unsharded  # noqa: E402
+from torch_mics._version import __version__  # noqa: E402
+
+__all__ = [
+    "CommError",
+    "InternalError",
+    "MiCSModule",
+    "MixedPrecisionPolicy",
+    "OffloadPolicy",
+    "TimeoutError",
+    "UnshardHandle",
+    "__version__",
+    "checkpoint",
+    "clip_grad_norm_",
+    "full_state_dict",
+    "fully_shard",
+    "init_mesh",
+    "load_full_state_dict",
+    "materialize",
+    "microbatch",
+    "shard_model",
+    "traffic",
+    "unsharded",
+]

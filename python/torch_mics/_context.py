@@ -1,0 +1,188 @@
+"""Context: one root module, its units in order, and the engine that drives them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from torch_mics import _C
+from torch_mics._exchange import check_same, exchange
+from torch_mics._groups import Communicators
+from torch_mics._unit import ShardedUnit
+
+
+def units_of(module: nn.Module) -> list[ShardedUnit]:
+    """Lists the units at and below `module`, each once, in the order of the module tree."""
+    units: dict[int, ShardedUnit] = {}
+    for child in module.modules():
+        unit: ShardedUnit | None = getattr(child, "_mics_unit", None)
+        if unit is not None:
+            units.setdefault(id(unit), unit)
+    return list(units.values())
+
+
+class Context:
+    """Made at the first forward of the root module; every rank makes it at the same time."""
+
+    def __init__(self, root: nn.Module, root_unit: ShardedUnit) -> None:
+        self.root_unit = root_unit
+        self.units = units_of(root)
+        for unit in root_unit.modules[1:]:
+            # A root given as a list: all its modules are roots.
+            self.units += [other for other in units_of(unit) if other not in self.units]
+        self._absorb_older_contexts()
+        self._name_units(root)
+        _check_shards(self.units)
+        _check_agreement(self.units)
+        self.communicators: dict[_C.Variant, Communicators] = {}
+        for unit in self.units:
+            variant = unit.groups.variant(unit.hierarchical)
+            if variant not in self.communicators:
+                self.communicators[variant] = root_unit.groups.communicators(variant)
+        self.control = root_unit.groups.control()
+        self._make_engine()
+
+    def _absorb_older_contexts(self) -> None:
+        """Takes over units whose own forward ran before the root's."""
+        for unit in self.units:
+            if unit.context is not None:
+                unit.release_handle()
+                unit.context = None
+
+    def _name_units(self, root: nn.Module) -> None:
+        names = {id(module): name for name, module in root.named_modules()}
+        for unit in self.units:
+            found = [names.get(id(module)) or type(module).__name__ for module in unit.modules]
+            unit.name = ", ".join(found)
+
+    def _make_engine(self) -> None:
+        for index, unit in enumerate(self.units):
+            unit.context, unit.index = self, index
+            unit.make_handle(self.communicators[unit.groups.variant(unit.hierarchical)])
+        handles = [unit.handle for unit in self.units]
+        assert all(handle is not None for handle in handles)
+        self.engine = _C.Engine(handles, control=self.control)
+        self.push_settings()
+        self.push_prefetch()
+
+    def push_prefetch(self) -> None:
+        """Tells the engine what to gather ahead in backward."""
+        for unit in self.units:
+            ahead = [other.index for other in unit.backward_prefetch if other.context is self]
+            self.engine.set_backward_prefetch(unit.index, ahead)
+
+    def refresh(self) -> None:
+        """Makes the engine anew when parameters were frozen or unfrozen since. At a root forward."""
+        if self.engine.matches_requires_grad():
+            return
+        for unit in self.units:
+            if unit.handle is not None and (unit.handle.has_pending or unit.handle.has_full_gradient):
+                raise RuntimeError(
+                    "requires_grad must not change during an accumulation: unit "
+                    f'"{unit.name}" has gradients that are not synchronised.'
+                )
+            unit.handle = None
+        _check_agreement(self.units)
+        self._make_engine()
+
+    def close(self) -> None:
+        """Lets go of all units; the next forward makes a new context."""
+        for unit in self.units:
+            unit.context = None
+        for unit in self.units:
+            unit.release_handle()
+
+    def push_settings(self) -> None:
+        """Brings all C++ units up to their settings."""
+        for unit in self.units:
+            unit.push_settings(is_root=unit is self.root_unit)
+
+    def traffic(self) -> dict[str, dict[str, int]]:
+        """Sums this rank's counters by communicator name."""
+        found = [c for made in self.communicators.values() for c in made.all()]
+        if self.control is not None:
+            found.append(self.control)
+        totals: dict[str, dict[str, int]] = {}
+        for communicator in found:
+            counters = totals.setdefault(communicator.name, dict.fromkeys(_TRAFFIC_FIELDS, 0))
+            traffic = communicator.traffic
+            for field in _TRAFFIC_FIELDS:
+                counters[field] += getattr(traffic, field)
+        return totals
+
+
+_TRAFFIC_FIELDS = (
+    "calls",
+    "sent_intra_nbytes",
+    "sent_inter_nbytes",
+    "received_intra_nbytes",
+    "received_inter_nbytes",
+)
+
+
+def _check_shards(units: list[ShardedUnit]) -> None:
+    for unit in units:
+        if unit.shard.is_meta and unit.parameters:
+            raise RuntimeError(
+                f'parameters must have values before the first forward: unit "{unit.name}" is on the '
+                "meta device. Call torch_mics.materialize(model), or load a state dict."
+            )
+
+
+def _describe(unit: ShardedUnit) -> dict[str, Any]:
+    return {
+        "parameters": {
+            parameter.name: {
+                "shape": list(parameter.sizes),
+                "requires_grad": parameter.sharded.requires_grad,
+            }
+            for parameter in unit.parameters
+        },
+        "dtype": str(unit.dtype),
+        "param_dtype": str(unit.parameter_dtype),
+        "reduce_dtype": str(unit.reduce_dtype),
+        "hierarchical_gather": str(unit.hierarchical),
+        "settings": {
+            key: str(value) for key, value in dataclasses.asdict(unit.settings).items()
+        },
+    }
+
+
+def _check_agreement(units: list[ShardedUnit]) -> None:
+    """Raises on every rank when ranks differ in the model, or replicas in its values."""
+    topology = units[0].groups.topology
+    check_same(
+        "the sharded model",
+        {
+            "torch": torch.__version__,
+            "partition_size": topology.partition_size,
+            "order of units": [unit.name for unit in units],
+            "unit": {unit.name: _describe(unit) for unit in units},
+        },
+    )
+    if topology.replication_size == 1:
+        return
+    sums = [_checksum(unit.shard) for unit in units]
+    all_sums = [text.split(";") for text in exchange("the replicas' values", ";".join(sums))]
+    for rank in range(dist.get_world_size()):
+        first = topology.partition_rank(rank)
+        for unit, mine, reference in zip(units, all_sums[rank], all_sums[first], strict=True):
+            if mine != reference:
+                raise ValueError(
+                    f'replicas must start from the same values: unit "{unit.name}" differs between '
+                    f"world_rank {first} and {rank}. Seed every rank alike before the model is built "
+                    "(torch.manual_seed), or load a checkpoint before the first step."
+                )
+
+
+def _checksum(shard: torch.Tensor) -> str:
+    """Tells shards apart: the sum and a weighted sum, bitwise, NaN included."""
+    if shard.numel() == 0:
+        return "empty"
+    values = shard.detach().double()
+    weights = torch.arange(1, values.numel() + 1, device=values.device, dtype=torch.float64)
+    return f"{values.sum().item().hex()} {(values / weights).sum().item().hex()}"

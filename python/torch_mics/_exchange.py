@@ -1,0 +1,89 @@
+"""Agreement of all ranks through the Store, before any collective could hang."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+from torch_mics._C import TimeoutError as MicsTimeoutError
+
+# Ranks reach their first forward at different times: data loading, compilation.
+_TIMEOUT = datetime.timedelta(minutes=10)
+
+
+def exchange(topic: str, value: str) -> list[str]:
+    """Gives every rank the values of all ranks, in rank order. Every rank must call it.
+
+    Args:
+        topic: what the values are, for the message when a rank does not come.
+        value: this rank's value.
+
+    Raises:
+        TimeoutError: a rank did not come in time. The message names the missing ranks.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    store = dist.PrefixStore("torch_mics", c10d._get_default_store())
+    # Ranks call in the same order, so the number of the call is the same on all.
+    call = store.add(f"calls/{rank}", 1)
+    keys = [f"{call}/{topic}/{other}" for other in range(world_size)]
+    store.set(keys[rank], value)
+    try:
+        store.wait(keys, _TIMEOUT)
+    except Exception as error:
+        missing = [other for other, key in enumerate(keys) if not store.check([key])]
+        raise MicsTimeoutError(
+            f"every rank must take part in the agreement on {topic}: got no answer from world ranks "
+            f"{missing} within {_TIMEOUT.total_seconds():.0f} s (world_rank={rank}). They have ended, "
+            "or make other calls of torch_mics; see docs/errors.md#timeouts."
+        ) from error
+    return [store.get(key).decode() for key in keys]
+
+
+def _first_difference(mine: Any, other: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """Finds the first place where two JSON values differ: (path, mine, other)."""
+    if isinstance(mine, dict) and isinstance(other, dict):
+        for key in [*mine, *(key for key in other if key not in mine)]:
+            if key not in mine or key not in other:
+                return (f"{path}{key}", mine.get(key, "nothing"), other.get(key, "nothing"))
+            found = _first_difference(mine[key], other[key], f"{path}{key} / ")
+            if found is not None:
+                return found
+        return None
+    if isinstance(mine, list) and isinstance(other, list) and len(mine) == len(other):
+        for index, (left, right) in enumerate(zip(mine, other, strict=True)):
+            found = _first_difference(left, right, f"{path}{index} / ")
+            if found is not None:
+                return found
+        return None
+    return None if mine == other else (path.removesuffix(" / "), mine, other)
+
+
+def check_same(topic: str, value: Any) -> None:
+    """Raises the same ValueError on every rank when the ranks' values differ.
+
+    Args:
+        topic: what must be the same on all ranks.
+        value: JSON-like. Dictionary keys become the path in the message.
+    """
+    text = json.dumps(value)
+    digests = exchange(topic, hashlib.sha256(text.encode()).hexdigest())
+    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if not different:
+        return
+    # The texts travel only when needed; every rank knows that it is needed.
+    texts = exchange(f"{topic} in full", text)
+    found = _first_difference(json.loads(texts[0]), json.loads(texts[different[0]]))
+    assert found is not None, "digests differ but texts do not"
+    path, first, other = found
+    raise ValueError(
+        f"{topic} must be the same on every rank: got {path} = {first} on world_rank 0 and {other} on "
+        f"world_rank {different[0]} (world ranks that differ from 0: {different}). Build the model with "
+        "the same code and arguments on every rank."
+    )

@@ -1,0 +1,103 @@
+"""Full state dicts: to rank 0 and from rank 0."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+
+from torch_mics._context import units_of
+from torch_mics._training import check_sharded
+
+
+def full_state_dict(
+    model: nn.Module, *, cpu_offload: bool = True, rank0_only: bool = True
+) -> dict[str, Any]:
+    """Gathers the whole model as plain tensors, under the names of the unsharded model. Collective.
+
+    Args:
+        model: the sharded root module.
+        cpu_offload: tensors on the CPU, one gathered at a time on the device.
+        rank0_only: an empty dict on the other ranks. Needs cpu_offload, as in torch.
+
+    Raises:
+        ValueError: rank0_only without cpu_offload.
+    """
+    check_sharded(model, "full_state_dict")
+    if rank0_only and not cpu_offload:
+        raise ValueError(
+            "rank0_only needs cpu_offload: got rank0_only=True, cpu_offload=False. Pass "
+            "rank0_only=False."
+        )
+    options = StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload)
+    state = get_model_state_dict(model, options=options)
+    if not rank0_only and cpu_offload and dist.get_world_size() > 1:
+        # torch leaves the other ranks empty when it offloads.
+        options = StateDictOptions(full_state_dict=True)
+        gathered = get_model_state_dict(model, options=options)
+        return {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in gathered.items()}
+    return dict(state)
+
+
+def load_full_state_dict(
+    model: nn.Module, state: dict[str, Any], *, broadcast: bool = True, strict: bool = True
+) -> None:
+    """Loads plain, full tensors into a sharded model. Collective.
+
+    Args:
+        model: the sharded root module.
+        state: names and tensors as of the unsharded model. With `broadcast` only rank 0 needs it.
+        broadcast: send rank 0's tensors to all; else every rank takes its rows of its own copy.
+        strict: names must match exactly.
+
+    Raises:
+        ValueError: names or shapes are those of another model; on every rank alike.
+    """
+    check_sharded(model, "load_full_state_dict")
+    _check_fits(model, state, broadcast=broadcast, strict=strict)
+    options = StateDictOptions(
+        full_state_dict=True, broadcast_from_rank0=broadcast and dist.get_world_size() > 1, strict=strict
+    )
+    set_model_state_dict(model, state, options=options)
+    for unit in units_of(model):
+        if unit.context is not None:
+            unit.context.engine.reshard(unit.index)
+
+
+def _check_fits(model: nn.Module, state: dict[str, Any], *, broadcast: bool, strict: bool) -> None:
+    from torch_mics._exchange import exchange  # noqa: PLC0415
+
+    problem = describe_misfit(
+        {name: tuple(value.shape) for name, value in model.state_dict().items()},
+        {name: tuple(value.shape) for name, value in state.items() if hasattr(value, "shape")},
+        strict=strict,
+    )
+    is_checked_here = not broadcast or dist.get_rank() == 0
+    problems = exchange("the state dict to load", problem if is_checked_here and problem else "")
+    first = next((text for text in problems if text), None)
+    if first is not None:
+        raise ValueError(f"the state dict must be one of this model: {first}.")
+
+
+def describe_misfit(
+    mine: dict[str, tuple[int, ...]], other: dict[str, tuple[int, ...]], *, strict: bool = True
+) -> str | None:
+    """Says in what way `other` is not a state of this model, or None when it is."""
+    missing = sorted(set(mine) - set(other))
+    unexpected = sorted(set(other) - set(mine))
+    shapes = [name for name in mine if name in other and mine[name] != other[name]]
+    if strict and missing:
+        return f'got no "{missing[0]}" ({len(missing)} names are missing)'
+    if strict and unexpected:
+        return f'got an unknown "{unexpected[0]}" ({len(unexpected)} names are unknown)'
+    if shapes:
+        name = shapes[0]
+        return f'got shape {list(other[name])} for "{name}", which has {list(mine[name])} here'
+    return None

@@ -1,0 +1,240 @@
+"""fully_shard: makes a unit of one module, or of several together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.tensor import DTensor
+
+from torch_mics._groups import (
+    Groups,
+    HierarchicalGather,
+    ShardSize,
+    default_mesh,
+    ensure_process_group,
+    groups_of,
+)
+from torch_mics._hooks import register_hooks
+from torch_mics._module import MiCSModule, check_reshard_after_forward
+from torch_mics._optimizer_checks import install_optimizer_checks
+from torch_mics._policy import resolve_policy
+from torch_mics._state_dict_hooks import register_state_dict_hooks
+from torch_mics._unit import Place, Settings, ShardedUnit
+
+# One subclass per module class, so that two sharded Linears have one type.
+_sharded_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def fully_shard(
+    module: nn.Module | list[nn.Module],
+    *,
+    mesh: DeviceMesh | None = None,
+    reshard_after_forward: bool | None = None,
+    shard_placement_fn: Callable[[nn.Parameter], Any] | None = None,
+    mp_policy: MixedPrecisionPolicy | str | None = None,
+    offload_policy: OffloadPolicy | None = None,
+    ignored_params: set[nn.Parameter] | None = None,
+    shard_size: ShardSize | None = None,
+    hierarchical_gather: HierarchicalGather = "auto",
+    accumulate: str = "two_hop",
+) -> Any:
+    """Shards the parameters of `module` over a partition group, in place; FSDP2's signature.
+
+    Parameters below `module` that belong to no unit yet become one unit: gathered, reduced and freed
+    together. Call it bottom-up, on blocks and then on the root; shard_model() does that by itself. The
+    parameters become DTensors on the mesh, so the optimizer is made afterwards. The full parameters are
+    freed as soon as nothing else refers to them.
+
+    Args:
+        module: a module, or several whose parameters form one unit (tied ones must).
+        mesh: 1-D (shard) or 2-D (replicate, shard); see init_mesh().
+        reshard_after_forward: free the full parameters after forward and gather them again in
+            backward. None: True, but False for the root.
+        shard_placement_fn: must be None; parameters are cut along dim 0.
+        mp_policy: a MixedPrecisionPolicy, or "bf16" or "fp16" (gradients then reduced in fp32).
+        offload_policy: must be the default; parameters stay on the device.
+        ignored_params: parameters to leave alone; the caller keeps them in sync.
+        shard_size: without a mesh: ranks per partition group; "node" (default), "world" or a number.
+        hierarchical_gather: across nodes first, then inside them; "auto": where a group spans nodes.
+        accumulate: what set_requires_gradient_sync(False) means: "two_hop" reduces inside the
+            partition group and keeps shards; "local" keeps full gradients, as FSDP2.
+
+    Returns:
+        `module`, whose class is now a subclass of MiCSModule and of its own class.
+
+    Raises:
+        ValueError, TypeError: an argument or parameter that breaks a rule; nothing has been changed.
+    """
+    modules = _as_list(module)
+    check_reshard_after_forward(reshard_after_forward)
+    _check_arguments(mesh, shard_placement_fn, offload_policy, shard_size, accumulate)
+    policy = resolve_policy(mp_policy)
+    ensure_process_group()
+    if mesh is None:
+        mesh = default_mesh("node" if shard_size is None else shard_size)
+    groups = groups_of(mesh)
+    groups.variant(hierarchical_gather)  # refuses what the nodes do not allow
+    found = _find_parameters(modules, ignored_params or set())
+    _check_parameters(found)
+    settings = Settings(reshard_after_forward=reshard_after_forward, accumulate=accumulate)
+    unit = ShardedUnit(modules, groups, policy, hierarchical_gather, settings)
+    device = _device_of(groups)
+    _move_to_device(modules, found, device)
+    with torch.no_grad():
+        unit.cut(found, device)
+    for ignored in ignored_params or set():
+        ignored._mics_ignored = True  # type: ignore[attr-defined]
+    for each in modules:
+        each._mics_unit = unit  # type: ignore[assignment]
+        _swap_class(each)
+    register_hooks(unit)
+    register_state_dict_hooks(unit)
+    install_optimizer_checks()
+    return module
+
+
+def _as_list(module: nn.Module | list[nn.Module]) -> list[nn.Module]:
+    modules = list(module) if isinstance(module, list | tuple) else [module]
+    if not modules:
+        raise ValueError("fully_shard needs at least one module: got an empty list.")
+    for each in modules:
+        if not isinstance(each, nn.Module):
+            raise TypeError(f"fully_shard takes modules: got {type(each).__name__}.")
+        if isinstance(each, MiCSModule):
+            raise ValueError(f"a module may be sharded once: got {type(each).__name__} again.")
+        if isinstance(each, nn.ModuleList | nn.ModuleDict) and type(each).forward is (
+            nn.Module.forward
+        ):
+            raise ValueError(
+                f"fully_shard needs modules with a forward: got {type(each).__name__}. Shard its "
+                "members."
+            )
+    return modules
+
+
+def _check_arguments(
+    mesh: DeviceMesh | None,
+    shard_placement_fn: object,
+    offload_policy: OffloadPolicy | None,
+    shard_size: ShardSize | None,
+    accumulate: str,
+) -> None:
+    if mesh is not None and shard_size is not None:
+        raise ValueError(f"give either a mesh or a shard_size: got both (shard_size={shard_size!r}).")
+    if shard_placement_fn is not None:
+        raise ValueError("shard_placement_fn must be None: parameters are cut along dim 0.")
+    if offload_policy is not None and type(offload_policy) is not OffloadPolicy:
+        raise ValueError(
+            f"offload_policy must be OffloadPolicy(): got {type(offload_policy).__name__}. Offloading "
+            "to the CPU is not available."
+        )
+    if accumulate not in ("two_hop", "local"):
+        raise ValueError(f'accumulate must be "two_hop" or "local": got {accumulate!r}.')
+
+
+def _find_parameters(
+    modules: list[nn.Module], ignored: set[nn.Parameter]
+) -> list[tuple[str, nn.Parameter, list[Place]]]:
+    """Lists parameters that no unit below has, with every place that holds them."""
+    found: dict[int, tuple[str, nn.Parameter, list[Place]]] = {}
+    visited: set[int] = set()
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        if id(module) in visited or isinstance(module, MiCSModule):
+            return
+        visited.add(id(module))
+        for name, parameter in module._parameters.items():
+            if parameter is None or parameter in ignored:
+                continue
+            _check_not_taken(f"{prefix}{name}", parameter)
+            entry = found.setdefault(id(parameter), (f"{prefix}{name}", parameter, []))
+            entry[2].append(Place(module, name))
+        for name, child in module._modules.items():
+            if child is not None:
+                visit(child, f"{prefix}{name}.")
+
+    for index, module in enumerate(modules):
+        visit(module, f"{index}." if len(modules) > 1 else "")
+    return list(found.values())
+
+
+def _check_not_taken(name: str, parameter: nn.Parameter) -> None:
+    if isinstance(parameter, DTensor) or hasattr(parameter, "_mics_replaced"):
+        raise ValueError(
+            f'a parameter may be in one unit: got "{name}", which is tied to a parameter of another '
+            "unit, or is a DTensor already. Shard tied modules together: fully_shard([a, b])."
+        )
+
+
+def _check_parameters(found: list[tuple[str, nn.Parameter, list[Place]]]) -> None:
+    for name, parameter, _ in found:
+        rule, got = None, ""
+        if parameter.layout != torch.strided:
+            rule, got = "be dense", f"layout={parameter.layout}"
+        elif not parameter.is_floating_point():
+            rule, got = "be floating point", f"dtype={parameter.dtype}"
+        elif parameter.ndim == 0:
+            rule, got = "have at least one dimension", "a 0-dim tensor"
+        elif not parameter.is_contiguous():
+            rule, got = "be contiguous", f"strides={parameter.stride()}"
+        if rule is not None:
+            remedy = "Make it 1-dim" if parameter.ndim == 0 else "Convert it, or ignore it"
+            raise ValueError(
+                f'a sharded parameter must {rule}: got {got} for "{name}". {remedy} before sharding.'
+            )
+    dtypes = {parameter.dtype: name for name, parameter, _ in found}
+    if len(dtypes) > 1:
+        described = ", ".join(f'{dtype} ("{name}")' for dtype, name in dtypes.items())
+        raise ValueError(
+            f"the parameters of a unit must have one dtype: got {described}. Cast them, or give them "
+            "units of their own."
+        )
+    if len({parameter.is_meta for _, parameter, _ in found}) > 1:
+        raise ValueError(
+            "the parameters of a unit must all be on the meta device or none: got a mixture. Build "
+            "the whole unit on one device."
+        )
+
+
+def _device_of(groups: Groups) -> torch.device:
+    kind = groups.mesh.device_type
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def _move_to_device(
+    modules: list[nn.Module],
+    found: list[tuple[str, nn.Parameter, list[Place]]],
+    device: torch.device,
+) -> None:
+    """Moves full parameters and buffers to the mesh's device; meta tensors stay."""
+    for _, parameter, _ in found:
+        if not parameter.is_meta and parameter.device != device:
+            parameter.data = parameter.data.to(device)
+    for module in modules:
+        for child in module.modules():
+            for name, buffer in child._buffers.items():
+                if buffer is not None and not buffer.is_meta and buffer.device != device:
+                    child._buffers[name] = buffer.to(device)
+
+
+def _swap_class(module: nn.Module) -> None:
+    """Changes the class of `module` to MiCS<Class>, which has the methods of MiCSModule first."""
+    cls = type(module)
+    if cls not in _sharded_classes:
+        _sharded_classes[cls] = cast(
+            type[nn.Module],
+            type(f"MiCS{cls.__name__}", (MiCSModule, cls), {"__deepcopy__": _refuse_deepcopy}),
+        )
+    module.__class__ = _sharded_classes[cls]
+
+
+def _refuse_deepcopy(self: nn.Module, memo: dict[int, Any]) -> None:
+    raise RuntimeError(
+        "a sharded module must not be copied: got copy.deepcopy of "
+        f"{type(self).__name__}. Copy before sharding, or use state_dict()."
+    )

@@ -1,0 +1,276 @@
+"""Who talks to whom: nodes, the device mesh, process groups and communicators."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import pathlib
+import socket
+import weakref
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from torch_mics import _C
+from torch_mics._exchange import check_same, exchange
+
+ShardSize = int | Literal["node", "world"]
+HierarchicalGather = bool | Literal["auto"]
+
+_MESH_DIMS = ("dp_replicate", "dp_shard")
+_OPERATION_TIMEOUT = datetime.timedelta(minutes=30)
+# Meshes made without being asked for, one per shard size; they go with the process group.
+_default_meshes: weakref.WeakKeyDictionary[object, dict[ShardSize, DeviceMesh]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def host_identity() -> str:
+    """Names this rank's node: MICS_NODE_ID if set, else host name and boot id."""
+    name = os.environ.get("MICS_NODE_ID")
+    if name:
+        return name
+    boot_id = pathlib.Path("/proc/sys/kernel/random/boot_id")
+    boot = boot_id.read_text().strip() if boot_id.exists() else "unknown boot"
+    return f"{socket.gethostname()}/{boot}"
+
+
+def ensure_process_group() -> None:
+    """Makes a process group of one when the script runs alone.
+
+    Raises:
+        RuntimeError: a launcher started several processes but torch.distributed is not initialised.
+    """
+    if dist.is_initialized():
+        return
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1:
+        raise RuntimeError(
+            "torch.distributed must be initialised before sharding: got WORLD_SIZE="
+            f"{world_size} and no process group. Call torch.distributed.init_process_group() first."
+        )
+    dist.init_process_group(
+        "gloo" if not torch.cuda.is_available() else "cpu:gloo,cuda:nccl",
+        store=dist.HashStore(),
+        rank=0,
+        world_size=1,
+    )
+
+
+def _default_device_type() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _resolve_shard_size(shard_size: ShardSize, nodes: list[str]) -> int:
+    """Turns "node" and "world" into a number of ranks."""
+    if isinstance(shard_size, bool) or not isinstance(shard_size, int | str):
+        raise TypeError(f'shard_size must be an int, "node" or "world": got {shard_size!r}.')
+    if isinstance(shard_size, int):
+        return shard_size
+    if shard_size == "world":
+        return len(nodes)
+    if shard_size != "node":
+        raise ValueError(f'shard_size must be an int, "node" or "world": got {shard_size!r}.')
+    topology = _C.Topology(node_of_rank=nodes, partition_size=1)
+    if topology.ranks_per_node == 0:
+        raise ValueError(
+            'shard_size="node" needs nodes of equal size whose ranks are consecutive: got '
+            f"{topology.describe_nodes()}. Start the ranks node by node, or give a number."
+        )
+    return topology.ranks_per_node
+
+
+def _find_nodes(gpus_per_node: int | None) -> list[str]:
+    """Gives the node of every rank."""
+    if gpus_per_node is None:
+        return exchange("nodes", host_identity())
+    world_size = dist.get_world_size()
+    if gpus_per_node < 1 or world_size % gpus_per_node != 0:
+        raise ValueError(
+            f"gpus_per_node must divide the world size: got gpus_per_node={gpus_per_node}, "
+            f"world_size={world_size}."
+        )
+    return [str(rank // gpus_per_node) for rank in range(world_size)]
+
+
+def init_mesh(
+    shard_size: ShardSize = "node",
+    *,
+    device_type: str | None = None,
+    gpus_per_node: int | None = None,
+) -> DeviceMesh:
+    """Makes the 2-D mesh ("dp_replicate", "dp_shard") of partition and replication groups.
+
+    Consecutive ranks form a partition group. torch.distributed must be initialised, unless the script
+    runs as a single process. Every rank must call it with the same arguments.
+
+    Args:
+        shard_size: ranks that share one copy of the model states; "node": the ranks of a node;
+            "world": all. It must divide the world size, and divide the ranks of a node or be a
+            multiple of them.
+        device_type: "cuda" or "cpu"; by default "cuda" where there is one.
+        gpus_per_node: ranks per node, instead of what the hosts say.
+
+    Raises:
+        ValueError: on every rank; the message lists the legal sizes, or the map of ranks to nodes.
+        RuntimeError: torch.distributed is not initialised.
+    """
+    ensure_process_group()
+    check_same("the arguments of init_mesh", {"shard_size": shard_size, "device": device_type})
+    nodes = _find_nodes(gpus_per_node)
+    topology = _C.Topology(
+        node_of_rank=nodes, partition_size=_resolve_shard_size(shard_size, nodes)
+    )
+    shape = (topology.replication_size, topology.partition_size)
+    mesh = init_device_mesh(
+        device_type or _default_device_type(), shape, mesh_dim_names=_MESH_DIMS
+    )
+    _attach_groups(mesh, nodes)
+    return mesh
+
+
+def default_mesh(shard_size: ShardSize) -> DeviceMesh:
+    """Gives the mesh for calls without one: made once per process group and shard size."""
+    ensure_process_group()
+    meshes = _default_meshes.setdefault(dist.group.WORLD, {})
+    if shard_size not in meshes:
+        meshes[shard_size] = init_mesh(shard_size)
+    return meshes[shard_size]
+
+
+@dataclasses.dataclass
+class Communicators:
+    """The communicators of one root module, by what they carry."""
+
+    gather_rail: _C.Communicator | None
+    gather_intra: _C.Communicator
+    reduce_rail: _C.Communicator | None
+    reduce_intra: _C.Communicator
+    replicate: _C.Communicator | None
+
+    def all(self) -> list[_C.Communicator]:
+        """Lists those that exist."""
+        fields = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return [communicator for communicator in fields if communicator is not None]
+
+
+class Groups:
+    """The groups of a mesh, and communicators over them.
+
+    Attributes:
+        mesh: 1-D (shard) or 2-D (replicate, shard), ranks in natural order.
+        topology: the groups as the C++ core computes them.
+    """
+
+    def __init__(self, mesh: DeviceMesh, nodes: list[str]) -> None:
+        self.mesh = mesh
+        self._nodes = nodes
+        self.topology = _C.Topology(
+            node_of_rank=nodes, partition_size=mesh.size(mesh.ndim - 1)
+        )
+        self._process_groups: dict[str, dist.ProcessGroup] = {}
+
+    def variant(self, hierarchical: HierarchicalGather) -> _C.Variant:
+        """Chooses between flat and hierarchical; "auto" is hierarchical where a group spans nodes.
+
+        Raises:
+            ValueError: hierarchical was asked for on nodes where it cannot work.
+        """
+        topology = self.topology
+        if hierarchical is True and topology.hierarchical_error:
+            raise ValueError(topology.hierarchical_error)
+        wanted = hierarchical is True or (
+            hierarchical == "auto" and topology.spans_nodes and not topology.hierarchical_error
+        )
+        return _C.Variant.HIERARCHICAL if wanted else _C.Variant.FLAT
+
+    def communicators(self, variant: _C.Variant) -> Communicators:
+        """Makes the communicators of one root module. Collective when groups are new."""
+        topology, rank = self.topology, dist.get_rank()
+        intra = topology.intra_group(rank, variant)
+        rail = topology.rail_group(rank, variant)
+        replicas = topology.replication_group(rank)
+        intra_groups = topology.intra_groups(variant)
+        rail_groups = topology.rail_groups(variant)
+        return Communicators(
+            gather_rail=self._make("gather/rail", rail, rail_groups) if len(rail) > 1 else None,
+            gather_intra=self._make("gather/intra", intra, intra_groups),
+            reduce_rail=self._make("reduce/rail", rail, rail_groups) if len(rail) > 1 else None,
+            reduce_intra=self._make("reduce/intra", intra, intra_groups),
+            replicate=self._make("replicate", replicas, topology.replication_groups())
+            if len(replicas) > 1
+            else None,
+        )
+
+    def control(self) -> _C.Communicator | None:
+        """Makes the communicator of all ranks, for small agreements; None in a world of one."""
+        world = list(range(self.topology.world_size))
+        return self._make("control", world, [world]) if len(world) > 1 else None
+
+    def _make(self, name: str, ranks: list[int], groups: list[list[int]]) -> _C.Communicator:
+        nodes = [self.topology.node_of(rank) for rank in ranks]
+        index = ranks.index(dist.get_rank())
+        if len(ranks) == 1:
+            world = _C.LocalWorld(self.topology.world_size, timeout=_OPERATION_TIMEOUT)
+            return world.make_communicator(
+                name=name, world_ranks=ranks, nodes=nodes, rank=index
+            )
+        return _C.make_c10d_communicator(
+            self._process_group(ranks, groups),
+            name=name,
+            world_ranks=ranks,
+            nodes=nodes,
+            rank=index,
+            timeout=_OPERATION_TIMEOUT,
+        )
+
+    def _process_group(self, ranks: list[int], groups: list[list[int]]) -> dist.ProcessGroup:
+        """Gives the process group of `ranks`; every rank makes all of `groups`, in order, once."""
+        for group in groups:
+            key = str(group)
+            if key in self._process_groups:
+                continue
+            if len(group) == self.topology.world_size:
+                assert dist.group.WORLD is not None
+                self._process_groups[key] = dist.group.WORLD
+            else:
+                made = dist.new_group(group)
+                if dist.get_rank() in group:
+                    self._process_groups[key] = made
+                else:
+                    self._process_groups[key] = dist.GroupMember.NON_GROUP_MEMBER
+        return self._process_groups[str(ranks)]
+
+
+def _attach_groups(mesh: DeviceMesh, nodes: list[str]) -> Groups:
+    groups = Groups(mesh, nodes)
+    # Kept on the mesh, so that it lives exactly as long and every unit on the mesh finds it.
+    mesh._mics_groups = groups  # type: ignore[attr-defined]
+    return groups
+
+
+def groups_of(mesh: DeviceMesh) -> Groups:
+    """Gives the groups of a mesh, made when the mesh is new here. Then collective.
+
+    Raises:
+        ValueError: the mesh is not 1-D or 2-D over all ranks in natural order.
+    """
+    groups: Groups | None = getattr(mesh, "_mics_groups", None)
+    if groups is not None:
+        return groups
+    if mesh.ndim not in (1, 2):
+        raise ValueError(
+            f"the mesh must be 1-D (shard) or 2-D (replicate, shard): got {mesh.ndim} dimensions."
+        )
+    ranks = mesh.mesh.flatten().tolist()
+    world_size = dist.get_world_size()
+    # A permuted row would shard in one order and gather in another.
+    if ranks != list(range(world_size)):
+        raise ValueError(
+            f"the mesh must hold all ranks in natural order: got {ranks} in a world of {world_size}. "
+            "Use torch_mics.init_mesh(shard_size)."
+        )
+    return _attach_groups(mesh, exchange("nodes", host_identity()))

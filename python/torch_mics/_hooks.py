@@ -1,0 +1,122 @@
+"""Hooks on module forward: gather before, reshard after. Backward runs from the C++ core."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from torch_mics._context import Context
+from torch_mics._policy import cast_floating, find_tensors
+from torch_mics._unit import ShardedUnit
+
+
+def register_hooks(unit: ShardedUnit) -> None:
+    """Puts the forward hooks on the unit's modules and guards on what lies below them."""
+    for module in unit.modules:
+        module.register_forward_pre_hook(_pre_forward, prepend=True, with_kwargs=True)
+        # always_call: after an exception in forward the unit must not stay unsharded.
+        module.register_forward_hook(_post_forward, prepend=False, always_call=True)
+    owners = {id(place.module): place.module for p in unit.parameters for place in p.places}
+    for module in unit.modules:
+        owners.pop(id(module), None)
+    for module in owners.values():
+        module.register_forward_pre_hook(_Guard(unit), prepend=True)
+
+
+class _Guard:
+    """Refuses the forward of a module inside a unit while the unit is sharded."""
+
+    def __init__(self, unit: ShardedUnit) -> None:
+        self._unit = unit
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        handle = self._unit.handle
+        if (handle is None or not handle.is_unsharded) and not self._unit.is_full_elsewhere:
+            raise RuntimeError(
+                "a module inside a unit must run inside the unit's forward: got a call of "
+                f'{type(module).__name__} while its unit "{self._unit.name}" is sharded. Call the '
+                "unit, or unshard() it first."
+            )
+
+
+def ensure_context(module: nn.Module, unit: ShardedUnit) -> Context:
+    """Gives the unit's context; makes it when this is the first forward of a root."""
+    context = unit.context
+    if context is None:
+        context = Context(module, unit)
+    elif unit is context.root_unit:
+        context.refresh()
+    return context
+
+
+def _pre_forward(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    unit: ShardedUnit = module._mics_unit  # type: ignore[assignment]
+    if unit.is_full_elsewhere:
+        raise RuntimeError(
+            f'forward must not run inside unsharded(): got a forward of unit "{unit.name}". Leave the '
+            "context first."
+        )
+    context = ensure_context(module, unit)
+    if unit.post_optim_event is not None:
+        unit.post_optim_event.wait()
+        unit.post_optim_event = None
+    policy = unit.policy
+    if policy.cast_forward_inputs and policy.param_dtype is not None:
+        args = cast_floating(args, policy.param_dtype)
+        kwargs = cast_floating(kwargs, policy.param_dtype)
+    if len(unit.modules) > 1 and not context.engine.is_in_backward:
+        if unit.modules_to_run:
+            return args, kwargs  # a later module of a group that is open
+        unit.modules_to_run = set(unit.modules)
+    context.engine.pre_forward(unit.index)
+    for ahead in unit.forward_prefetch:
+        if not context.engine.is_in_backward and ahead.context is context:
+            context.engine.unshard(ahead.index)
+    return args, kwargs
+
+
+def _post_forward(module: nn.Module, args: Any, output: Any) -> Any:
+    unit: ShardedUnit = module._mics_unit  # type: ignore[assignment]
+    context = unit.context
+    if context is None:  # its own pre-forward failed
+        return output
+    failed = output is None
+    if not failed:
+        if unit.policy.output_dtype is not None:
+            output = cast_floating(output, unit.policy.output_dtype)
+        if torch.is_grad_enabled():
+            context.engine.watch_outputs(unit.index, find_tensors(output))
+    if len(unit.modules) > 1 and not context.engine.is_in_backward:
+        unit.modules_to_run.discard(module)
+        if failed:
+            unit.modules_to_run.clear()
+        if unit.modules_to_run:
+            return output
+    if unit is context.root_unit and not context.engine.is_in_backward:
+        _close_open_groups(context)
+    context.engine.post_forward(unit.index, failed=failed)
+    return output
+
+
+def _close_open_groups(context: Context) -> None:
+    """Ends groups of which the root's forward ran some modules but not all."""
+    for unit in context.units:
+        if unit is not context.root_unit and unit.modules_to_run:
+            unit.modules_to_run.clear()
+            context.engine.post_forward(unit.index, failed=False)
+
+
+class ForwardAdapter:
+    """What torch.distributed.fsdp.register_fsdp_forward_method expects behind _get_fsdp_state()."""
+
+    def _pre_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return _pre_forward(module, args, kwargs)
+
+    def _post_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return _post_forward(module, args, output)

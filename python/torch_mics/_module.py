@@ -1,0 +1,283 @@
+"""MiCSModule: what a sharded module can do; the methods of FSDPModule under the same names."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from torch_mics._context import Context, units_of
+from torch_mics._hooks import ForwardAdapter, ensure_context
+from torch_mics._unit import ShardedUnit
+
+_FORWARD_ADAPTER = ForwardAdapter()
+
+
+class UnshardHandle:
+    """Returned by unshard(async_op=True)."""
+
+    def __init__(self, unit: ShardedUnit) -> None:
+        self._unit: ShardedUnit | None = unit
+
+    def wait(self) -> None:
+        """Returns when the unit is unsharded; only the first call does anything."""
+        if self._unit is not None and self._unit.context is not None:
+            self._unit.context.engine.unshard(self._unit.index)
+        self._unit = None
+
+
+class MiCSModule(FSDPModule):
+    """A module whose parameters are sharded over a partition group.
+
+    fully_shard() changes the class of a module in place to a subclass of its own class and this one.
+    Methods that FSDPModule has keep their names and meaning; where MiCS differs, the docstring says so.
+    Methods with `recurse` act on the units at and below the module, or on its own unit alone.
+    """
+
+    # FSDPModule.__new__ reads it to find the original class: [new class, MiCSModule, FSDPModule, cls].
+    _orig_cls_mro_index = 3
+
+    # --- state ---------------------------------------------------------------------------------------
+
+    @property
+    def _unit(self) -> ShardedUnit:
+        return cast(ShardedUnit, self._mics_unit)  # type: ignore[attr-defined]
+
+    def _units(self, *, recurse: bool = True) -> list[ShardedUnit]:
+        return units_of(cast(nn.Module, self)) if recurse else [self._unit]
+
+    def _context(self) -> Context:
+        return ensure_context(cast(nn.Module, self), self._unit)
+
+    def _set(self, field: str, value: object, *, recurse: bool = True) -> None:
+        for unit in self._units(recurse=recurse):
+            setattr(unit.settings, field, value)
+            is_root = unit.context is not None and unit.context.root_unit is unit
+            unit.push_settings(is_root=is_root)
+
+    def _get_fsdp_state(self) -> Any:
+        return _FORWARD_ADAPTER
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Moves or casts the parameters; the shard is laid out anew around the results."""
+        for unit in self._units():
+            unit.release_handle()
+        # FSDPModule's own _apply works on its state, which is not there.
+        result = super(FSDPModule, self)._apply(fn, recurse)  # type: ignore[misc]
+        self._unit.repack()
+        return result
+
+    # --- parameters ----------------------------------------------------------------------------------
+
+    def unshard(self, async_op: bool = False) -> UnshardHandle | None:  # type: ignore[override]
+        """Gathers this module's own unit; its full parameters stay registered until reshard().
+
+        Args:
+            async_op: return a handle; the parameters may be used after its wait().
+        """
+        context = self._context()
+        if not async_op:
+            context.engine.unshard(self._unit.index)
+            return None
+        return UnshardHandle(self._unit)
+
+    def reshard(self) -> None:
+        """Frees the full parameters of this module's own unit and registers the sharded ones."""
+        if self._unit.context is not None:
+            self._unit.context.engine.reshard(self._unit.index)
+
+    def set_reshard_after_forward(self, reshard_after_forward: bool, recurse: bool = True) -> None:
+        """Whether forward frees the full parameters; if not, backward need not gather them again."""
+        check_reshard_after_forward(reshard_after_forward)
+        self._set("reshard_after_forward", reshard_after_forward, recurse=recurse)
+
+    def set_reshard_after_backward(
+        self, reshard_after_backward: bool, *, recurse: bool = True
+    ) -> None:
+        """Whether backward frees the full parameters. A later forward gathers changed ones again."""
+        self._set("reshard_after_backward", reshard_after_backward, recurse=recurse)
+
+    def set_unshard_in_backward(self, unshard_in_backward: bool) -> None:
+        """Whether backward gathers this unit; False only if its backward needs no parameter."""
+        self._set("unshard_in_backward", unshard_in_backward, recurse=False)
+
+    def set_modules_to_forward_prefetch(self, modules: list[FSDPModule]) -> None:
+        """Gathers the units of `modules`, in this order, when this module's forward begins."""
+        self._unit.forward_prefetch = _prefetch_units(modules)
+
+    def set_modules_to_backward_prefetch(self, modules: list[FSDPModule]) -> None:
+        """Gathers the units of `modules`, in this order, when this module's backward begins."""
+        self._unit.backward_prefetch = _prefetch_units(modules)
+        if self._unit.context is not None:
+            self._unit.context.push_prefetch()
+
+    def set_post_optim_event(self, event: torch.Event) -> None:
+        """Lets the next forward's gathers wait for `event`."""
+        self._unit.post_optim_event = event
+
+    # --- gradients -----------------------------------------------------------------------------------
+
+    def set_requires_gradient_sync(
+        self, requires_gradient_sync: bool, *, recurse: bool = True
+    ) -> None:
+        """False starts an accumulation: the next backwards are not a boundary.
+
+        Unlike FSDPModule, gradients are still reduced inside the partition group in every backward, and
+        kept as shards; only the all-reduce over replicas waits for the boundary. fully_shard(...,
+        accumulate="local") gives the literal meaning.
+        """
+        self._set("requires_gradient_sync", requires_gradient_sync, recurse=recurse)
+
+    def set_requires_all_reduce(self, requires_all_reduce: bool, *, recurse: bool = True) -> None:
+        """False defers the all-reduce over replicas; gradients are not visible until it has run."""
+        self._set("requires_all_reduce", requires_all_reduce, recurse=recurse)
+
+    def set_is_last_backward(self, is_last_backward: bool) -> None:
+        """False: another backward of the same micro-step follows, so this one is no boundary."""
+        self._set("is_last_backward", is_last_backward)
+
+    def set_gradient_divide_factor(self, factor: float) -> None:
+        """Divides the sum of the gradients over all ranks by `factor` instead of the world size."""
+        if not factor > 0:
+            raise ValueError(f"the gradient divide factor must be positive: got factor={factor}.")
+        self._set("gradient_divide_factor", float(factor), recurse=False)
+
+    def set_reduce_scatter_divide_factor(self, factor: float) -> None:
+        """The old name of set_gradient_divide_factor."""
+        self.set_gradient_divide_factor(factor)
+
+    def set_all_reduce_hook(
+        self,
+        hook: Callable[[torch.Tensor], None],
+        *,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
+        """Calls `hook` with the synchronised gradient shard [numel] of this unit before it is visible.
+
+        The tensor may be changed in place.
+        """
+        if stream is not None:
+            raise ValueError("the hook runs on the stream of the all-reduce: got a stream of its own.")
+        self._unit.gradient_hook = hook
+        if self._unit.handle is not None:
+            self._unit.handle.set_gradient_hook(hook)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backwards inside are no accumulation boundary; see set_requires_gradient_sync."""
+        self.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.set_requires_gradient_sync(True)
+
+    def set_manual_backward_finalization(self, enabled: bool) -> None:
+        """True: gradients become visible in finalize_backward() and not when backward ends."""
+        self._context().engine.set_manual_finalization(enabled)
+
+    def finalize_backward(self, *, async_op: bool = False) -> None:
+        """Ends a backward under set_manual_backward_finalization(True)."""
+        if async_op:
+            raise ValueError("finalize_backward must be called with async_op=False: got True.")
+        self._context().engine.finish_backward()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As nn.Module.zero_grad(); also drops an accumulation that has not reached its boundary."""
+        if self._unit.context is not None:
+            for unit in self._units():
+                if unit.handle is not None:
+                    unit.handle.drop_gradients()
+        super(FSDPModule, self).zero_grad(set_to_none)  # type: ignore[misc]
+
+    def reset(self) -> None:
+        """Drops what is in flight after an exception; to be called on every rank.
+
+        Full parameters, recorded forwards and gradients that wait for their boundary are dropped.
+        Shards, `.grad` and optimizer states stay as they are.
+        """
+        for unit in self._units():
+            unit.modules_to_run.clear()
+        if self._unit.context is not None:
+            self._unit.context.engine.reset()
+
+    def reset_iter_state(self) -> None:
+        """The name of reset() in FSDPModule."""
+        self.reset()
+
+    # --- what has one answer here --------------------------------------------------------------------
+
+    def set_force_sum_reduction_for_comms(self, enable: bool) -> None:
+        """Reductions are always sums, scaled once in fp32; both values give that."""
+
+    def set_keep_unsharded_storage(self, keep: bool, *, recurse: bool = True) -> None:
+        """Refused when True: the buffer is freed by reshard()."""
+        _refuse("set_keep_unsharded_storage", keep, "use set_reshard_after_backward(False)")
+
+    def set_reduce_scatter_unused_params(
+        self, reduce_scatter_unused_params: bool, *, recurse: bool = True
+    ) -> None:
+        """Refused when False: unused parameters always take part, as zeros, so ranks may differ."""
+        _refuse(
+            "set_reduce_scatter_unused_params",
+            not reduce_scatter_unused_params,
+            "leave it True",
+        )
+
+    def set_separate_reduce_scatter_group(
+        self, enable: bool = True, *, recurse: bool = True
+    ) -> None:
+        """Refused when False: gathers and reductions always have communicators of their own."""
+        _refuse("set_separate_reduce_scatter_group", not enable, "leave it True")
+
+    def set_reduce_scatter_max_input_buffers(
+        self, max_input_buffers: int, *, recurse: bool = True
+    ) -> None:
+        """Refused above 1: a unit is reduced before the next one is."""
+        _refuse("set_reduce_scatter_max_input_buffers", max_input_buffers != 1, "leave it 1")
+
+    def set_custom_all_gather(self, comm: Any) -> None:
+        """Refused: the gather is the library's own."""
+        _refuse("set_custom_all_gather", True, "use hierarchical_gather to choose the gather")
+
+    def set_custom_reduce_scatter(self, comm: Any) -> None:
+        """Refused: the reduction is the library's own."""
+        _refuse("set_custom_reduce_scatter", True, "use set_all_reduce_hook for the result")
+
+    def set_allocate_memory_from_process_group_for_comm(self, enable: bool) -> None:
+        """Refused when True: buffers are the library's own."""
+        _refuse("set_allocate_memory_from_process_group_for_comm", enable, "leave it False")
+
+    def set_symm_mem_for_comm(self, backend: str = "NCCL") -> None:
+        """Refused: buffers are not symmetric memory."""
+        _refuse("set_symm_mem_for_comm", True, "do not call it")
+
+    def _set_unshard_async_op(self, async_op: bool) -> None:
+        """Refused when True: gathers run on the caller's stream."""
+        _refuse("_set_unshard_async_op", async_op, "leave it False")
+
+
+def check_reshard_after_forward(value: object) -> None:
+    """Raises when `value` is not a bool or None."""
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(
+            f"reshard_after_forward must be True, False or None: got {value!r}. Resharding to a part of "
+            "the partition group is not available."
+        )
+
+
+def _refuse(method: str, asked: bool, remedy: str) -> None:
+    if asked:
+        raise ValueError(f"{method} does not apply to MiCSModule: {remedy}.")
+
+
+def _prefetch_units(modules: list[FSDPModule]) -> list[ShardedUnit]:
+    for module in modules:
+        if not isinstance(module, MiCSModule):
+            raise ValueError(
+                f"modules to prefetch must be sharded by torch_mics: got {type(module).__name__}."
+            )
+    return [cast(MiCSModule, module)._unit for module in modules]

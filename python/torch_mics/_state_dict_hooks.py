@@ -1,0 +1,82 @@
+"""What state_dict() and load_state_dict() need from a sharded module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from torch_mics._unit import Parameter, ShardedUnit
+
+
+def register_state_dict_hooks(unit: ShardedUnit) -> None:
+    """Keeps sharded parameters registered when a state dict is taken or loaded."""
+    for module in unit.modules:
+        module.register_state_dict_pre_hook(_register_sharded)
+        module.register_load_state_dict_pre_hook(_before_load)
+        module.register_load_state_dict_post_hook(_after_load)
+
+
+def _register_sharded(module: nn.Module, *args: Any) -> None:
+    unit: ShardedUnit = module._mics_unit  # type: ignore[assignment]
+    if unit.context is not None and unit.handle is not None:
+        unit.context.engine.reshard(unit.index)
+
+
+def _before_load(module: nn.Module, *args: Any) -> None:
+    _register_sharded(module)
+
+
+def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
+    """Takes the values of parameters that load_state_dict(assign=True) put in place of ours."""
+    unit: ShardedUnit = module._mics_unit  # type: ignore[assignment]
+    replaced: list[tuple[Parameter, torch.Tensor]] = []
+    for parameter in unit.parameters:
+        for place in parameter.places:
+            present = place.module._parameters[place.name]
+            if present is not None and present is not parameter.sharded:
+                replaced.append((parameter, present))
+    if not replaced:
+        return
+    for parameter, present in replaced:
+        _check_assigned(parameter, present)
+    if unit.shard.is_meta:
+        unit.release_handle()
+        for parameter, present in replaced:
+            # The assigned tensors bring the device; repack() lays the shard around them.
+            parameter.sharded = nn.Parameter(
+                present.detach(), requires_grad=parameter.sharded.requires_grad
+            )
+        _restore(unit)
+        unit.repack()
+        return
+    with torch.no_grad():
+        for parameter, present in replaced:
+            parameter.sharded.copy_(present)
+    _restore(unit)
+
+
+def _restore(unit: ShardedUnit) -> None:
+    for parameter in unit.parameters:
+        for place in parameter.places:
+            place.module._parameters[place.name] = parameter.sharded
+
+
+def _check_assigned(parameter: Parameter, present: torch.Tensor) -> None:
+    mine = parameter.sharded
+    assert isinstance(mine, DTensor)
+    if (
+        isinstance(present, DTensor)
+        and present.shape == mine.shape
+        and present.placements == mine.placements
+        and present.device_mesh == mine.device_mesh
+    ):
+        return
+    kind = type(present).__name__
+    raise ValueError(
+        "load_state_dict(assign=True) must bring DTensors of the same shape and placements: got "
+        f'{kind} {tuple(present.shape)} for "{parameter.name}". Use assign=False, or '
+        "load_full_state_dict()."
+    )

@@ -1,0 +1,137 @@
+"""What a training loop calls: microbatch, clip_grad_norm_, traffic."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from torch_mics._module import MiCSModule
+from torch_mics._unit import ShardedUnit
+
+
+def check_sharded(model: nn.Module, caller: str) -> MiCSModule:
+    """Raises TypeError when `model` is not a sharded module."""
+    if not isinstance(model, MiCSModule):
+        raise TypeError(
+            f"{caller} needs a sharded model: got {type(model).__name__}. Call shard_model() first."
+        )
+    return model
+
+
+@contextlib.contextmanager
+def microbatch(model: nn.Module, *, is_last: bool) -> Iterator[None]:
+    """One micro-step of an accumulation; the backward inside is a boundary only when `is_last`.
+
+    Gradients are reduced inside the partition group in every micro-step and over the replicas at the
+    boundary. Until the boundary `.grad` is what it was before.
+
+    Args:
+        model: the sharded root module.
+        is_last: whether this is the last micro-step of the step.
+    """
+    module = check_sharded(model, "microbatch")
+    module.set_requires_gradient_sync(is_last)
+    try:
+        yield
+    finally:
+        module.set_requires_gradient_sync(True)
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: torch.Tensor | Iterable[torch.Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    *,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> torch.Tensor:
+    """Scales gradients so that their norm over the whole model is at most `max_norm`.
+
+    Works on the local shards, with one reduction over the partition group per mesh. Plain parameters
+    beside sharded ones count once, as replicated.
+
+    Args:
+        parameters: sharded parameters, plain ones, or both.
+        max_norm: the bound.
+        norm_type: of the vector of all gradient elements; may be inf.
+        error_if_nonfinite: raise when the norm is not finite. On every rank alike.
+        foreach: as torch.nn.utils.clip_grad_norm_.
+
+    Returns:
+        The norm before scaling, a plain 0-dim tensor in fp32 (or fp64), equal on every rank.
+
+    Raises:
+        RuntimeError: the norm is not finite and error_if_nonfinite is set.
+    """
+    if isinstance(parameters, torch.Tensor):
+        parameters = [parameters]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return torch.tensor(0.0)
+    sharded: dict[dist.ProcessGroup, list[torch.Tensor]] = {}
+    plain: list[torch.Tensor] = []
+    for gradient in gradients:
+        if isinstance(gradient, DTensor):
+            mesh = gradient.device_mesh
+            sharded.setdefault(mesh.get_group(mesh.ndim - 1), []).append(gradient._local_tensor)
+        else:
+            plain.append(gradient)
+    partial_norms = [_reduce_norm(tensors, norm_type, group) for group, tensors in sharded.items()]
+    if plain:
+        partial_norms.append(_local_norm(plain, norm_type))
+    total = torch.linalg.vector_norm(torch.stack(partial_norms), norm_type)
+    if error_if_nonfinite and not torch.isfinite(total):
+        raise RuntimeError(
+            f"the gradient norm must be finite: got {total.item()} (norm_type={norm_type}). Skip the "
+            "step, or pass error_if_nonfinite=False."
+        )
+    # As torch: a factor of at most 1, multiplied without a look at its value.
+    factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+    for tensors in [*sharded.values(), plain]:
+        nonempty = [tensor for tensor in tensors if tensor.numel() > 0]
+        if not nonempty:
+            continue
+        if foreach is False:
+            for tensor in nonempty:
+                tensor.mul_(factor)
+        else:
+            torch._foreach_mul_(nonempty, factor)
+    return total
+
+
+def _local_norm(tensors: list[torch.Tensor], norm_type: float) -> torch.Tensor:
+    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    nonempty = [tensor for tensor in tensors if tensor.numel() > 0]
+    if not nonempty:
+        return torch.zeros((), dtype=dtype, device=tensors[0].device)
+    norms = torch._foreach_norm(nonempty, norm_type, dtype=dtype)
+    return torch.linalg.vector_norm(torch.stack(norms), norm_type)
+
+
+def _reduce_norm(
+    tensors: list[torch.Tensor], norm_type: float, group: dist.ProcessGroup
+) -> torch.Tensor:
+    norm = _local_norm(tensors, norm_type)
+    if norm_type == float("inf"):
+        dist.all_reduce(norm, dist.ReduceOp.MAX, group)
+        return norm
+    powered = norm**norm_type
+    dist.all_reduce(powered, dist.ReduceOp.SUM, group)
+    return powered ** (1.0 / norm_type)
+
+
+def traffic(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Gives this rank's calls and bytes since the first forward, by communicator.
+
+    Names: gather/rail, gather/intra, reduce/rail, reduce/intra, replicate, control. Keys: calls,
+    sent_intra_nbytes, sent_inter_nbytes, received_intra_nbytes, received_inter_nbytes, where intra and
+    inter are peers on the same and on another node. Empty before the first forward.
+    """
+    unit: ShardedUnit = check_sharded(model, "traffic")._unit
+    return {} if unit.context is None else unit.context.traffic()

@@ -1,0 +1,297 @@
+"""ShardedUnit: the parameters of one unit, cut into shards, and the module places that hold them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from torch_mics import _C
+
+if TYPE_CHECKING:
+    from torch_mics._context import Context
+    from torch_mics._groups import Groups, HierarchicalGather
+
+
+@dataclasses.dataclass
+class Place:
+    """One module attribute that holds a parameter; a tied parameter has several."""
+
+    module: nn.Module
+    name: str
+
+
+@dataclasses.dataclass
+class Parameter:
+    """One parameter of a unit.
+
+    Attributes:
+        name: as found below the unit's first module.
+        sizes: of the full parameter.
+        places: where modules hold it.
+        sharded: the DTensor that the optimizer sees; its local tensor is a view of the shard.
+    """
+
+    name: str
+    sizes: torch.Size
+    places: list[Place]
+    sharded: nn.Parameter
+
+    @property
+    def local(self) -> torch.Tensor:
+        """This rank's rows, a view of the shard; maybe none."""
+        return self.sharded._local_tensor  # type: ignore[attr-defined,no-any-return]
+
+
+@dataclasses.dataclass
+class Settings:
+    """What the methods of MiCSModule set; pushed to the C++ unit when something changes."""
+
+    reshard_after_forward: bool | None = None  # None: by whether the unit is the root
+    reshard_after_backward: bool = True
+    unshard_in_backward: bool = True
+    requires_gradient_sync: bool = True
+    requires_all_reduce: bool = True
+    is_last_backward: bool = True
+    accumulate: str = "two_hop"
+    gradient_divide_factor: float | None = None  # None: the world size
+
+
+class ShardedUnit:
+    """State of one call of fully_shard: shared by the modules that were given together."""
+
+    def __init__(
+        self,
+        modules: list[nn.Module],
+        groups: Groups,
+        policy: MixedPrecisionPolicy,
+        hierarchical: HierarchicalGather,
+        settings: Settings,
+    ) -> None:
+        self.modules = modules
+        self.groups = groups
+        self.policy = policy
+        self.hierarchical = hierarchical
+        self.settings = settings
+        self.name = type(modules[0]).__name__  # the context gives it its qualified name
+        self.parameters: list[Parameter] = []
+        self.shard = torch.empty(0)
+        self.gradient_hook: object = None
+        self.forward_prefetch: list[ShardedUnit] = []
+        self.backward_prefetch: list[ShardedUnit] = []
+        self.post_optim_event: torch.Event | None = None
+        # Set by the context.
+        self.context: Context | None = None
+        self.handle: _C.Unit | None = None
+        self.index = -1
+        # Modules of a group that the open forward has still to run.
+        self.modules_to_run: set[nn.Module] = set()
+        self.is_full_elsewhere = False  # inside unsharded()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the shard."""
+        return self.shard.dtype
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """Of the full parameters."""
+        return self.policy.param_dtype or self.dtype
+
+    @property
+    def reduce_dtype(self) -> torch.dtype:
+        """Of gradients on their way."""
+        return self.policy.reduce_dtype or self.parameter_dtype
+
+    @property
+    def partition_rank(self) -> int:
+        """This rank's index in the partition group."""
+        return self.groups.mesh.get_local_rank(self.groups.mesh.ndim - 1)
+
+    def layout(self, *, only_trainable: bool = False) -> _C.ShardLayout:
+        """Computes where each parameter lies."""
+        sizes = [
+            list(parameter.sizes)
+            for parameter in self.parameters
+            if parameter.sharded.requires_grad or not only_trainable
+        ]
+        return _C.ShardLayout(
+            sizes,
+            partition_size=self.groups.topology.partition_size,
+            alignment=_C.layout_alignment(self.parameter_dtype, self.reduce_dtype),
+        )
+
+    def _view(self, buffer: torch.Tensor, layout: _C.ShardLayout, index: int, sizes: torch.Size) -> (
+        torch.Tensor
+    ):
+        """This rank's rows of parameter `index` in a buffer with that layout."""
+        first, last = layout.rows_of(index, self.partition_rank)
+        place = layout.parameter(index)
+        rows = last - first
+        flat = buffer.narrow(0, place.shard_offset, rows * place.row_numel)
+        return flat.view(rows, *sizes[1:])
+
+    def _wrap(self, local: torch.Tensor, sizes: torch.Size) -> DTensor:
+        """A DTensor over this rank's rows; no copy, no communication."""
+        mesh = self.groups.mesh
+        placements = [Shard(0)] if mesh.ndim == 1 else [Replicate(), Shard(0)]
+        stride = torch.empty(sizes, device="meta").stride()
+        return DTensor.from_local(
+            local, mesh, placements, run_check=False, shape=sizes, stride=stride
+        )
+
+    def cut(self, found: list[tuple[str, nn.Parameter, list[Place]]], device: torch.device) -> None:
+        """Copies this rank's rows of full parameters into a new shard and registers the DTensors.
+
+        Args:
+            found: name, full parameter and places of each parameter of the unit.
+            device: of the shard; meta parameters keep theirs.
+        """
+        dtype = found[0][1].dtype if found else torch.float32
+        is_meta = bool(found) and found[0][1].is_meta
+        self.shard = torch.empty(0, dtype=dtype)
+        self.parameters = [
+            Parameter(name, full.size(), places, full) for name, full, places in found
+        ]
+        layout = self.layout()
+        self.shard = torch.zeros(
+            layout.shard_numel, dtype=dtype, device="meta" if is_meta else device
+        )
+        for index, parameter in enumerate(self.parameters):
+            full = parameter.sharded
+            local = self._view(self.shard, layout, index, parameter.sizes)
+            if not is_meta:
+                first, last = layout.rows_of(index, self.partition_rank)
+                local.copy_(full.detach()[first:last])
+            sharded = nn.Parameter(
+                self._wrap(local, parameter.sizes), requires_grad=full.requires_grad
+            )
+            parameter.sharded = sharded
+            full._mics_replaced = parameter.name  # type: ignore[attr-defined]
+            for place in parameter.places:
+                place.module._parameters[place.name] = sharded
+        self.mark_parameters()
+
+    def mark_parameters(self) -> None:
+        """Lets an optimizer's parameters be traced back to their unit."""
+        for parameter in self.parameters:
+            parameter.sharded._mics_unit = self  # type: ignore[attr-defined]
+
+    def repack(self) -> None:
+        """Moves the local tensors, wherever they are now, into one new shard, and binds them to it.
+
+        After `module.to(...)`, `to_empty(...)` and the like, each DTensor has a local tensor of its own.
+        """
+        self.release_handle()
+        locals_now = [parameter.local.detach() for parameter in self.parameters]
+        if not locals_now:
+            return
+        if len({(local.device, local.dtype) for local in locals_now}) > 1:
+            return  # a unit of several modules, of which some have still to be moved
+        device, dtype = locals_now[0].device, locals_now[0].dtype
+        self.shard = torch.empty(0, dtype=dtype)
+        layout = self.layout()
+        self.shard = torch.zeros(layout.shard_numel, dtype=dtype, device=device)
+        for index, parameter in enumerate(self.parameters):
+            view = self._view(self.shard, layout, index, parameter.sizes)
+            if not self.shard.is_meta:
+                view.copy_(locals_now[index])
+            parameter.sharded._local_tensor = view  # type: ignore[attr-defined]
+        self.mark_parameters()
+
+    def make_handle(self, communicators: object) -> None:
+        """Makes the C++ unit: gradient buffer, full parameters and their exchange."""
+        trainable_layout = self.layout(only_trainable=True)
+        gradient = torch.zeros(
+            trainable_layout.shard_numel, dtype=self.dtype, device=self.shard.device
+        )
+        described = []
+        index = 0
+        for parameter in self.parameters:
+            wrapped: torch.Tensor | None = None
+            if parameter.sharded.requires_grad:
+                view = self._view(gradient, trainable_layout, index, parameter.sizes)
+                wrapped = self._wrap(view, parameter.sizes)
+                index += 1
+            described.append(
+                _C.UnitParameter(
+                    name=f"{self.name}.{parameter.name}",
+                    sizes=list(parameter.sizes),
+                    sharded=parameter.sharded,
+                    gradient=wrapped,
+                )
+            )
+        handle = _C.Unit(
+            name=self.name,
+            parameters=described,
+            shard=self.shard,
+            gradient=gradient,
+            parameter_dtype=self.parameter_dtype,
+            reduce_dtype=self.reduce_dtype,
+            partition_size=self.groups.topology.partition_size,
+            gather_rail=communicators.gather_rail,  # type: ignore[attr-defined]
+            gather_intra=communicators.gather_intra,  # type: ignore[attr-defined]
+            reduce_rail=communicators.reduce_rail,  # type: ignore[attr-defined]
+            reduce_intra=communicators.reduce_intra,  # type: ignore[attr-defined]
+            replicate=communicators.replicate,  # type: ignore[attr-defined]
+        )
+        exchange = _C.ParameterExchange()
+        full_parameters = []
+        for view, parameter in zip(handle.full_views(), self.parameters, strict=True):
+            full = nn.Parameter(view, requires_grad=parameter.sharded.requires_grad)
+            full_parameters.append(full)
+            for place in parameter.places:
+                exchange.add(
+                    place.module._parameters,
+                    place.name,
+                    sharded=parameter.sharded,
+                    full=full,
+                    name=f"{self.name}.{parameter.name}",
+                )
+        handle.set_full_parameters(full_parameters)
+        handle.set_exchange(exchange)
+        if self.gradient_hook is not None:
+            handle.set_gradient_hook(self.gradient_hook)
+        self.handle = handle
+
+    def release_handle(self) -> None:
+        """Drops the C++ unit; the next forward makes a new one.
+
+        Raises:
+            RuntimeError: gradients wait for their synchronisation.
+        """
+        handle = self.handle
+        if handle is None:
+            return
+        if handle.has_pending or handle.has_full_gradient:
+            raise RuntimeError(
+                "parameters must not be moved or replaced during an accumulation: unit "
+                f'"{self.name}" has gradients that are not synchronised. Finish the step, or call '
+                "reset() on the root module."
+            )
+        handle.reset()
+        self.handle = None
+        if self.context is not None:
+            self.context.close()
+
+    def push_settings(self, *, is_root: bool) -> None:
+        """Brings the C++ unit up to the settings."""
+        if self.handle is None:
+            return
+        settings, target = self.settings, self.handle.settings
+        after_forward = settings.reshard_after_forward
+        target.reshard_after_forward = not is_root if after_forward is None else after_forward
+        target.reshard_after_backward = settings.reshard_after_backward
+        target.unshard_in_backward = settings.unshard_in_backward
+        target.reduce_gradients = settings.requires_gradient_sync or settings.accumulate == "two_hop"
+        target.synchronize_gradients = (
+            settings.requires_gradient_sync
+            and settings.requires_all_reduce
+            and settings.is_last_backward
+        )
+        divide = settings.gradient_divide_factor or float(self.groups.topology.world_size)
+        target.gradient_factor = 1.0 / divide

@@ -1,0 +1,71 @@
+"""unsharded: the full parameters of a model, for a while, on every rank."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from torch_mics._context import units_of
+from torch_mics._training import check_sharded
+
+
+@contextlib.contextmanager
+def unsharded(model: nn.Module, *, writeback: bool = False) -> Iterator[None]:
+    """Puts full, plain parameters into the modules, in the dtype of the shards.
+
+    Collective on entry: every rank must enter. Forward must not run inside. The whole model is in
+    memory on every rank until the end.
+
+    Args:
+        model: a sharded module; acts on all units at and below it.
+        writeback: on exit, keep what was written to this rank's rows. Every rank must have written the
+            same values.
+
+    Raises:
+        TypeError: `model` is not sharded.
+        RuntimeError: gradients wait for their boundary and `writeback` would change weights under them.
+    """
+    check_sharded(model, "unsharded")
+    units = units_of(model)
+    for unit in units:
+        if unit.handle is None:
+            continue
+        if writeback and (unit.handle.has_pending or unit.handle.has_full_gradient):
+            raise RuntimeError(
+                "weights must not be written during an accumulation: unit "
+                f'"{unit.name}" has gradients that are not synchronised.'
+            )
+        assert unit.context is not None
+        unit.context.engine.reshard(unit.index)
+    full: dict[int, nn.Parameter] = {}
+    parameters = [(unit, parameter) for unit in units for parameter in unit.parameters]
+    for _, parameter in parameters:
+        gathered = cast(DTensor, parameter.sharded.detach()).full_tensor()
+        # With one rank in the group the gathered tensor may be the shard itself.
+        full[id(parameter)] = nn.Parameter(gathered.clone(), requires_grad=False)
+    for unit in units:
+        unit.is_full_elsewhere = True
+    try:
+        for _, parameter in parameters:
+            for place in parameter.places:
+                place.module._parameters[place.name] = full[id(parameter)]
+        yield
+    finally:
+        for _, parameter in parameters:
+            for place in parameter.places:
+                place.module._parameters[place.name] = parameter.sharded
+        for unit in units:
+            unit.is_full_elsewhere = False
+    if not writeback:
+        return
+    with torch.no_grad():
+        for unit in units:
+            layout = unit.layout()
+            for index, parameter in enumerate(unit.parameters):
+                first, last = layout.rows_of(index, unit.partition_rank)
+                parameter.local.copy_(full[id(parameter)][first:last])

@@ -1,0 +1,149 @@
+#include "mics/communicator.h"
+
+#include <ATen/core/Tensor.h>
+
+
+#include <utility>
+
+#include "mics/check.h"
+
+namespace mics {
+
+at::ScalarType accumulation_dtype(at::ScalarType dtype) {
+  if (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf) return at::kFloat;
+  MICS_CHECK(dtype == at::kDouble || dtype == at::kLong,
+             "a collective that sums takes float32, bfloat16, float16, float64 or int64: got dtype=",
+             dtype, ".");
+  return dtype;
+}
+
+void sum_in_order(const at::Tensor& output, const std::vector<at::Tensor>& pieces) {
+  at::Tensor sum = pieces.front().to(accumulation_dtype(output.scalar_type()), /*non_blocking=*/false,
+                                     /*copy=*/true);
+  for (size_t i = 1; i < pieces.size(); ++i) sum.add_(pieces[i]);
+  output.copy_(sum);
+}
+
+Communicator::Communicator(GroupInfo group) : group_(std::move(group)) {
+  MICS_CHECK(group_.size() >= 1, "a group must have at least one member: got name=", group_.name, ".");
+  MICS_CHECK(group_.nodes.size() == group_.world_ranks.size(),
+             "a group needs the node of every member: got ", group_.nodes.size(), " nodes for ",
+             group_.size(), " members (", group_.name, ").");
+  MICS_CHECK(group_.rank >= 0 && group_.rank < group_.size(),
+             "a group rank must be in [0, size): got rank=", group_.rank, ", size=", group_.size(), " (",
+             group_.name, ").");
+}
+
+bool Communicator::is_same_node(int member) const {
+  return group_.nodes[static_cast<size_t>(member)] == group_.nodes[static_cast<size_t>(group_.rank)];
+}
+
+void Communicator::count_direct(int64_t sent_nbytes_per_peer, int64_t received_nbytes_per_peer) {
+  for (int member = 0; member < group_.size(); ++member) {
+    if (member == group_.rank) continue;
+    (is_same_node(member) ? traffic_.sent_intra_nbytes : traffic_.sent_inter_nbytes) +=
+        sent_nbytes_per_peer;
+    (is_same_node(member) ? traffic_.received_intra_nbytes : traffic_.received_inter_nbytes) +=
+        received_nbytes_per_peer;
+  }
+}
+
+void Communicator::count_ring(int64_t nbytes) {
+  const int next = (group_.rank + 1) % group_.size();
+  const int previous = (group_.rank + group_.size() - 1) % group_.size();
+  (is_same_node(next) ? traffic_.sent_intra_nbytes : traffic_.sent_inter_nbytes) += nbytes;
+  (is_same_node(previous) ? traffic_.received_intra_nbytes : traffic_.received_inter_nbytes) += nbytes;
+}
+
+void Communicator::count_gather(int64_t nbytes_per_member) {
+  switch (gather_route()) {
+    case GatherRoute::kDirect:
+      return count_direct(nbytes_per_member, nbytes_per_member);
+    case GatherRoute::kRing:
+      return count_ring(nbytes_per_member * (group_.size() - 1));
+  }
+}
+
+void Communicator::check_pairs(const char* op, const std::vector<TensorPair>& pairs,
+                               bool output_is_larger) const {
+  MICS_CHECK(!pairs.empty(), op, " needs at least one pair of tensors: got none (", group_.name, ").");
+  const at::ScalarType dtype = pairs.front().input.scalar_type();
+  for (const TensorPair& pair : pairs) {
+    MICS_CHECK(pair.output.is_contiguous() && pair.input.is_contiguous(), op,
+               " takes contiguous tensors: got output strides ", pair.output.strides(),
+               ", input strides ", pair.input.strides(), " (", group_.name, ").");
+    MICS_CHECK(pair.output.scalar_type() == dtype && pair.input.scalar_type() == dtype, op,
+               " takes tensors of one dtype: got ", dtype, ", ", pair.output.scalar_type(), " and ",
+               pair.input.scalar_type(), " (", group_.name, ").");
+    const at::Tensor& large = output_is_larger ? pair.output : pair.input;
+    const at::Tensor& small = output_is_larger ? pair.input : pair.output;
+    MICS_CHECK(large.numel() == small.numel() * group_.size(), op, " needs the ",
+               output_is_larger ? "output" : "input", " to hold size pieces: got output numel=",
+               pair.output.numel(), ", input numel=", pair.input.numel(), ", size=", group_.size(), " (",
+               group_.name, ").");
+    if (small.numel() == 0) continue;
+    const auto* large_first = static_cast<const char*>(large.const_data_ptr());
+    const auto* small_first = static_cast<const char*>(small.const_data_ptr());
+    const bool is_in_place =
+        small_first == large_first + static_cast<int64_t>(small.nbytes()) * group_.rank;
+    const bool overlaps =
+        small_first < large_first + large.nbytes() && large_first < small_first + small.nbytes();
+    MICS_CHECK(is_in_place || !overlaps, op,
+               " allows one overlap, the smaller tensor at this rank's place in the larger: got another "
+               "(rank=",
+               group_.rank, ", ", group_.name, ").");
+  }
+}
+
+namespace {
+
+int64_t total_nbytes(const std::vector<TensorPair>& pairs, const at::Tensor TensorPair::*member) {
+  int64_t nbytes = 0;
+  for (const TensorPair& pair : pairs) nbytes += static_cast<int64_t>((pair.*member).nbytes());
+  return nbytes;
+}
+
+// A group of one: the result is the input.
+void copy_pairs(const std::vector<TensorPair>& pairs) {
+  for (const TensorPair& pair : pairs) {
+    if (pair.output.numel() == 0) continue;
+    if (pair.output.const_data_ptr() == pair.input.const_data_ptr()) continue;
+    pair.output.copy_(pair.input);
+  }
+}
+
+}  // namespace
+
+void Communicator::all_gather(const std::vector<TensorPair>& pairs, Stream& stream) {
+  check_pairs("all_gather", pairs, /*output_is_larger=*/true);
+  traffic_.calls += 1;
+  if (group_.size() == 1) return stream.enqueue([pairs] { copy_pairs(pairs); });
+  count_gather(total_nbytes(pairs, &TensorPair::input));
+  stream.enqueue([this, pairs] { do_all_gather(pairs); });
+}
+
+void Communicator::reduce_scatter(const std::vector<TensorPair>& pairs, Stream& stream) {
+  check_pairs("reduce_scatter", pairs, /*output_is_larger=*/false);
+  (void)accumulation_dtype(pairs.front().input.scalar_type());
+  traffic_.calls += 1;
+  if (group_.size() == 1) return stream.enqueue([pairs] { copy_pairs(pairs); });
+  const int64_t piece_nbytes = total_nbytes(pairs, &TensorPair::output);
+  count_direct(piece_nbytes, piece_nbytes);
+  stream.enqueue([this, pairs] { do_reduce_scatter(pairs); });
+}
+
+void Communicator::all_reduce(const at::Tensor& tensor, Stream& stream) {
+  MICS_CHECK(tensor.is_contiguous(), "all_reduce takes a contiguous tensor: got strides ",
+             tensor.strides(), " (", group_.name, ").");
+  (void)accumulation_dtype(tensor.scalar_type());
+  traffic_.calls += 1;
+  if (group_.size() == 1 || tensor.numel() == 0) return;
+  // A reduce-scatter of pieces, then an all-gather of the sums.
+  const int64_t piece_numel = (tensor.numel() + group_.size() - 1) / group_.size();
+  const int64_t piece_nbytes = piece_numel * static_cast<int64_t>(tensor.element_size());
+  count_direct(piece_nbytes, piece_nbytes);
+  count_gather(piece_nbytes);
+  stream.enqueue([this, tensor] { do_all_reduce(tensor); });
+}
+
+}  // namespace mics
