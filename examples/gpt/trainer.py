@@ -283,4 +283,4 @@ def run(config: TrainConfig, cluster: Cluster) -> None:
     )
     if not plot_losses(metrics.read(output_dir / "metrics.jsonl"), output_dir / "loss.png"):
         console.line("loss.png is not drawn: matplotlib is not installed")
-    console.line(f"wrote metrics.jsonl, summary.json and checkpoints to {output_dir}")
+    console.line(f"results are in {output_dir}")

@@ -32,6 +32,7 @@ at::Tensor chunk(const at::Tensor& block, const ShardLayout& layout, int index, 
 void gather_unit(const ShardLayout& layout, const at::Tensor& block, const at::Tensor& full,
                  const HopCommunicators& hops, Stream& stream) {
   check_block(layout, block, hops);
+  if (layout.payload_numel() == 0) return;
   if (hops.rail != nullptr) {
     const at::Tensor own = block.narrow(0, layout.shard_numel() * hops.slot(), layout.shard_numel());
     hops.rail->all_gather(block, own, stream);
@@ -46,7 +47,7 @@ void gather_unit(const ShardLayout& layout, const at::Tensor& block, const at::T
                        chunk(block, layout, i, slot)});
     }
   }
-  if (!pairs.empty()) hops.intra->all_gather(pairs, stream);
+  hops.intra->all_gather(pairs, stream);
 }
 
 at::Tensor reduce_unit(const ShardLayout& layout, const std::vector<at::Tensor>& regions,
@@ -62,8 +63,9 @@ at::Tensor reduce_unit(const ShardLayout& layout, const std::vector<at::Tensor>&
                                  hops.ranks_per_node())});
     }
   }
-  if (!pairs.empty()) hops.intra->reduce_scatter(pairs, stream);
   const at::Tensor own = block.narrow(0, layout.shard_numel() * hops.slot(), layout.shard_numel());
+  if (pairs.empty()) return own;
+  hops.intra->reduce_scatter(pairs, stream);
   if (hops.rail != nullptr) hops.rail->reduce_scatter(own, block, stream);
   return own;
 }

@@ -1,0 +1,161 @@
+"""Runs a function on n processes that form a Gloo world. The processes are kept between calls.
+
+    def check_sum(rank: int, factor: int) -> float: ...
+
+    results = run_ranks(4, check_sum, 3, ranks_per_node=2)
+
+The function must be importable (module level). Its first argument is the rank; its results come back in
+rank order. If it raises on some rank, run_ranks raises RankFailure with the tracebacks of all ranks.
+"""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+_TIMEOUT_SECONDS = 240.0
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a rank's call came to."""
+
+    value: Any = None
+    error_type: str | None = None
+    error_text: str | None = None
+    trace: str | None = None
+
+
+class RankFailure(AssertionError):
+    """A rank raised, ended or did not come back in time."""
+
+
+def _serve(rank: int, world_size: int, connection: Connection) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        OMP_NUM_THREADS="1",
+        GLOO_SOCKET_IFNAME="lo",
+    )
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        request = connection.recv()
+        if request is None:
+            return
+        function, args, node, path, initialise = request
+        os.environ["MICS_NODE_ID"] = node
+        outcome = Outcome()
+        try:
+            if initialise:
+                dist.init_process_group(
+                    "gloo", init_method=f"file://{path}", rank=rank, world_size=world_size
+                )
+            outcome.value = function(rank, *args)
+        except BaseException as error:
+            outcome.error_type = type(error).__name__
+            outcome.error_text = str(error)
+            outcome.trace = traceback.format_exc()
+        try:
+            connection.send(outcome)
+        except Exception as error:
+            connection.send(Outcome(error_type="PicklingError", error_text=str(error), trace=""))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class _Pool:
+    def __init__(self, world_size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connections: list[Connection] = []
+        self.processes = []
+        for rank in range(world_size):
+            mine, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, world_size, theirs), daemon=True, name=f"rank{rank}"
+            )
+            process.start()
+            self.connections.append(mine)
+            self.processes.append(process)
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+_pools: dict[int, _Pool] = {}
+
+
+def _close_pools() -> None:
+    for pool in _pools.values():
+        pool.close()
+    _pools.clear()
+
+
+atexit.register(_close_pools)
+
+
+def run_outcomes(
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    ranks_per_node: int | None = None,
+    nodes: list[str] | None = None,
+    initialise: bool = True,
+    timeout: float = _TIMEOUT_SECONDS,
+) -> list[Outcome]:
+    """Runs `function(rank, *args)` on every rank and gives what each came to, errors included.
+
+    Args:
+        ranks_per_node: node of rank r is r // ranks_per_node; by default all are on one.
+        nodes: the node of each rank, instead.
+        initialise: make the default process group first.
+        timeout: seconds until the ranks are killed.
+
+    Raises:
+        RankFailure: a rank ended or did not come back in time.
+    """
+    if nodes is None:
+        nodes = [str(rank // (ranks_per_node or world_size)) for rank in range(world_size)]
+    pool = _pools.get(world_size) or _Pool(world_size)
+    _pools[world_size] = pool
+    with tempfile.TemporaryDirectory() as directory:
+        path = os.path.join(directory, "store")
+        for rank, connection in enumerate(pool.connections):
+            connection.send((function, args, nodes[rank], path, initialise))
+        outcomes = []
+        deadline = time.monotonic() + timeout
+        for rank, connection in enumerate(pool.connections):
+            try:
+                if not connection.poll(max(0.0, deadline - time.monotonic())):
+                    raise EOFError("no answer in time")
+                outcomes.append(connection.recv())
+            except (EOFError, OSError) as error:
+                _pools.pop(world_size).close()
+                finished = "\n".join(str(o.trace) for o in outcomes if o.trace)
+                raise RankFailure(
+                    f"rank {rank} did not come back within {timeout:.0f} s: {error}\n{finished}"
+                ) from error
+    return outcomes
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
+    """As run_outcomes, but gives the values and raises RankFailure if a rank raised."""
+    outcomes = run_outcomes(world_size, function, *args, **options)
+    failed = [(rank, o) for rank, o in enumerate(outcomes) if o.error_type is not None]
+    if failed:
+        traces = "\n".join(f"--- rank {rank}\n{outcome.trace}" for rank, outcome in failed)
+        raise RankFailure(f"{len(failed)} of {world_size} ranks raised:\n{traces}")
+    return [outcome.value for outcome in outcomes]
