@@ -87,7 +87,11 @@ class CMakeBuild(build_ext):
 
     def get_outputs(self) -> list[str]:
         directory = self._package_directory()
-        return [str(p) for name in ("_C*.so", "libmics_core.so", "_built_for_torch.txt") for p in directory.glob(name)]
+        return [
+            str(p)
+            for name in ("_C*.so", "libmics_core.so", "_built_for_torch.txt")
+            for p in directory.glob(name)
+        ]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}  # an editable install finds the files in the source tree; nothing is to be linked

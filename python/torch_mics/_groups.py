@@ -229,20 +229,18 @@ class Groups:
 
     def _process_group(self, ranks: list[int], groups: list[list[int]]) -> dist.ProcessGroup:
         """Gives the process group of `ranks`; every rank makes all of `groups`, in order, once."""
-        for group in groups:
-            key = str(group)
-            if key in self._process_groups:
-                continue
-            if len(group) == self.topology.world_size:
-                assert dist.group.WORLD is not None
-                self._process_groups[key] = dist.group.WORLD
-            else:
-                made = dist.new_group(group)
-                if dist.get_rank() in group:
-                    self._process_groups[key] = made
-                else:
-                    self._process_groups[key] = dist.GroupMember.NON_GROUP_MEMBER
-        return self._process_groups[str(ranks)]
+        if len(ranks) == self.topology.world_size:
+            assert dist.group.WORLD is not None
+            return dist.group.WORLD
+        if groups == self.topology.partition_groups():
+            return self.mesh.get_group(self.mesh.ndim - 1)
+        if groups == self.topology.replication_groups() and self.mesh.ndim == 2:
+            return self.mesh.get_group(0)
+        key = str(groups)
+        if key not in self._process_groups:
+            made = {str(group): dist.new_group(group) for group in groups}
+            self._process_groups[key] = made[str(ranks)]
+        return self._process_groups[key]
 
 
 def _attach_groups(mesh: DeviceMesh, nodes: list[str]) -> Groups:

@@ -115,7 +115,15 @@ ROOMS = (
     Room(
         "tests/cpp",
         (STD, "mics/*", "gtest/*", "gmock/*", "support/*", "torch/csrc/distributed/c10d/*", *TORCH)
-        + ("base/*", "plan/*", "comm/*", "shard/*", "collective/*", "runtime/*"),
+        + (
+            "torch/csrc/autograd/*",
+            "base/*",
+            "plan/*",
+            "comm/*",
+            "shard/*",
+            "collective/*",
+            "runtime/*",
+        ),
         "a C++ test needs no Python",
     ),
 )
@@ -142,7 +150,9 @@ HEADER_LAYERS = (
 )
 NO_TORCH_HEADERS = (*BASE_HEADERS, *PLAN_HEADERS)
 
-BINDING_ONLY = re.compile(r"pybind11|^Python\.h$|^torch/(extension|python)\.h$|torch/csrc/utils/")
+BINDING_ONLY = re.compile(
+    r"pybind11|^Python\.h$|^torch/(extension|python)\.h$|torch/csrc/utils/|/python_"
+)
 
 IMPORTS = (
     # path, top-level modules forbidden there, rule

@@ -14,6 +14,7 @@ import atexit
 import dataclasses
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -51,9 +52,7 @@ def _serve(rank: int, world_size: int, connection: Connection) -> None:
 
     torch.set_num_threads(1)
     while True:
-        request = connection.recv()
-        if request is None:
-            return
+        request = pickle.loads(connection.recv_bytes())
         function, args, node, path, initialise = request
         os.environ["MICS_NODE_ID"] = node
         outcome = Outcome()
@@ -67,10 +66,7 @@ def _serve(rank: int, world_size: int, connection: Connection) -> None:
             outcome.error_type = type(error).__name__
             outcome.error_text = str(error)
             outcome.trace = traceback.format_exc()
-        try:
-            connection.send(outcome)
-        except Exception as error:
-            connection.send(Outcome(error_type="PicklingError", error_text=str(error), trace=""))
+        connection.send_bytes(pickle.dumps(outcome))
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -134,14 +130,16 @@ def run_outcomes(
     with tempfile.TemporaryDirectory() as directory:
         path = os.path.join(directory, "store")
         for rank, connection in enumerate(pool.connections):
-            connection.send((function, args, nodes[rank], path, initialise))
+            # Plain bytes: Connection.send() would pass every tensor as a file descriptor.
+            request = (function, args, nodes[rank], path, initialise)
+            connection.send_bytes(pickle.dumps(request))
         outcomes = []
         deadline = time.monotonic() + timeout
         for rank, connection in enumerate(pool.connections):
             try:
                 if not connection.poll(max(0.0, deadline - time.monotonic())):
                     raise EOFError("no answer in time")
-                outcomes.append(connection.recv())
+                outcomes.append(pickle.loads(connection.recv_bytes()))
             except (EOFError, OSError) as error:
                 _pools.pop(world_size).close()
                 finished = "\n".join(str(o.trace) for o in outcomes if o.trace)
