@@ -15,9 +15,12 @@ export OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo
 # Ranks 0 and 1 are one node, ranks 2 and 3 the other.
 export MICS_RANKS_PER_NODE=2
 
+on_four_ranks() {
+  "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 4 "$@"
+}
+
 train() {
-  "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node 4 examples/train_gpt.py \
-    --accumulation-steps 4 "$@"
+  on_four_ranks examples/train_gpt.py --accumulation-steps 4 "$@"
 }
 
 step "Python environment"
@@ -35,6 +38,6 @@ train --shard-size 2 --resume runs/quickstart/p4/checkpoints/latest --steps 90 \
   --output-dir runs/quickstart/p2 --sample 200
 
 step "Bytes that cross nodes in a step, beside FSDP2"
-"$PYTHON" examples/compare_traffic.py
+on_four_ranks examples/compare_traffic.py
 
 steps_done

@@ -30,18 +30,18 @@ namespace mics {
 }  // namespace mics
 
 // Throws InvalidArgument when `condition` is false. For rules that a caller can break.
-#define MICS_CHECK(condition, ...)                                                     \
-  do {                                                                                 \
-    if (!(condition)) {                                                                \
+#define MICS_CHECK(condition, ...)                                                      \
+  do {                                                                                  \
+    if (!(condition)) {                                                                 \
       ::mics::detail::throw_invalid_argument(::mics::detail::concatenate(__VA_ARGS__)); \
-    }                                                                                  \
+    }                                                                                   \
   } while (false)
 
 // Throws InternalError when `condition` is false. For what only a defect in mics can break.
-#define MICS_INTERNAL_CHECK(condition, ...)                                          \
-  do {                                                                               \
-    if (!(condition)) {                                                              \
-      ::mics::detail::throw_internal_error(#condition, __FILE__, __LINE__,           \
+#define MICS_INTERNAL_CHECK(condition, ...)                                           \
+  do {                                                                                \
+    if (!(condition)) {                                                               \
+      ::mics::detail::throw_internal_error(#condition, __FILE__, __LINE__,            \
                                            ::mics::detail::concatenate(__VA_ARGS__)); \
-    }                                                                                \
+    }                                                                                 \
   } while (false)

@@ -31,8 +31,8 @@ struct GroupInfo {
   [[nodiscard]] int size() const { return static_cast<int>(world_ranks.size()); }
 };
 
-// Calls and bytes of one communicator since it was made. A byte to or from a member on another node is
-// `inter`, else `intra`. Counted when an operation is issued.
+// Calls and bytes of one communicator since it was made. A byte to or from a member on another node
+// is `inter`, else `intra`. Counted when an operation is issued.
 struct Traffic {
   int64_t calls = 0;
   int64_t sent_intra_nbytes = 0;
@@ -64,7 +64,7 @@ class Communicator {
   // Pairs may differ in numel (0 too) but not in dtype. All tensors contiguous, on one device.
   // Aliasing: input may be output[rank * numel ...]; any other overlap is an error.
   // Throws:   InvalidArgument before anything is queued. CommError, TimeoutError from the stream.
-  // Cost:     received: (size - 1) * numel elements per pair. Copies beside that: none on local; one
+  // Cost:     received: (size - 1) * numel elements per pair. Other copies: none on local; one
   //           staging copy on each side on c10d when there are several pairs.
   void all_gather(const std::vector<TensorPair>& pairs, Stream& stream);
   void all_gather(const at::Tensor& output, const at::Tensor& input, Stream& stream) {
@@ -101,8 +101,8 @@ class Communicator {
   virtual void do_reduce_scatter(const std::vector<TensorPair>& pairs) = 0;
   virtual void do_all_reduce(const at::Tensor& tensor) = 0;
 
-  // How a backend moves an all-gather, for the counters. kDirect: each member's piece goes straight to
-  // every other. kRing: all pieces pass through the next member of the group.
+  // How a backend moves an all-gather, for the counters. kDirect: each member's piece goes straight
+  // to every other. kRing: all pieces pass through the next member of the group.
   enum class GatherRoute { kDirect, kRing };
   [[nodiscard]] virtual GatherRoute gather_route() const = 0;
 
@@ -111,7 +111,8 @@ class Communicator {
   void count_ring(int64_t nbytes);
   void count_gather(int64_t nbytes_per_member);
   [[nodiscard]] bool is_same_node(int member) const;
-  void check_pairs(const char* op, const std::vector<TensorPair>& pairs, bool output_is_larger) const;
+  void check_pairs(const char* op, const std::vector<TensorPair>& pairs,
+                   bool output_is_larger) const;
 
   const GroupInfo group_;
   Traffic traffic_;

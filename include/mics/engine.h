@@ -1,14 +1,14 @@
 // Engine: carries out the schedule of one root module over its units. What the module hooks drive.
 //
 //   forward   call = pre_forward(u); watch_outputs(u, outputs); post_forward(u)
-//   backward  runs by itself: hooks on the watched outputs, and a callback when the outermost is over
+//   backward  runs by itself: hooks on the watched outputs, a callback at the outermost's end
 //
-// Sequence of collectives: decided by the Schedule alone, so it is the same on every rank that runs the
-// same forwards. Every backward is an accumulation boundary for the units whose settings say so: then
-// hop 2 follows hop 1 unit by unit, and `.grad` becomes visible when the backward is over.
+// Sequence of collectives: decided by the Schedule alone, so it is the same on every rank that runs
+// the same forwards. Every backward is an accumulation boundary for the units whose settings say
+// so: then hop 2 follows hop 1 unit by unit, and `.grad` becomes visible when the backward is over.
 //
-// Thread safety: one thread at a time. Must not be called with the GIL held when a unit's exchange or
-// gradient hook needs it.
+// Thread safety: one thread at a time. Must not be called with the GIL held when a unit's exchange
+// or gradient hook needs it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -27,8 +27,8 @@ namespace mics {
 
 class Engine : public std::enable_shared_from_this<Engine> {
  public:
-  // `units` in the order of the module tree; `control` has all ranks of the world (null: one rank) and
-  // outlives the engine. All operations go to `stream`.
+  // `units` in the order of the module tree; `control` has all ranks of the world (null: one rank)
+  // and outlives the engine. All operations go to `stream`.
   [[nodiscard]] static std::shared_ptr<Engine> create(std::vector<std::shared_ptr<Unit>> units,
                                                       Communicator* control,
                                                       std::unique_ptr<Stream> stream);
@@ -46,8 +46,8 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // Lets backward of the open forward of `unit` start at `outputs`; those that need no gradient are
   // passed over.
   void watch_outputs(int unit, const std::vector<at::Tensor>& outputs);
-  // End of a forward of `unit`. `failed`: it threw; nothing of it is kept. Nothing when no forward of
-  // the unit is open.
+  // End of a forward of `unit`. `failed`: it threw; nothing of it is kept. Nothing when no forward
+  // of the unit is open.
   void post_forward(int unit, bool failed);
 
   // Does what the end of a backward does, for callers that asked for manual finalisation.
@@ -61,8 +61,8 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // True inside a backward that reached a watched output.
   [[nodiscard]] bool is_in_backward() const { return !backward_alive_.expired(); }
 
-  // Drops everything in flight on this rank: open forwards, tapes, full parameters, pending gradients.
-  // Shards, `.grad` and optimizer states stay. To be called on all ranks.
+  // Drops everything in flight on this rank: open forwards, tapes, full parameters, pending
+  // gradients. Shards, `.grad` and optimizer states stay. To be called on all ranks.
   void reset();
 
  private:
@@ -74,7 +74,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
     int64_t call = -1;  // -1: autograd does not record
     std::shared_ptr<Tape> tape;
     bool is_watched = false;
-    bool is_recomputation = false;  // inside a backward
+    bool is_recomputation = false;     // inside a backward
     std::shared_ptr<bool> is_entered;  // shared by the hooks on the outputs
   };
 
@@ -93,12 +93,12 @@ class Engine : public std::enable_shared_from_this<Engine> {
   Schedule schedule_;
   Scratch scratch_;
   std::vector<std::vector<int>> backward_prefetch_;  // per unit
-  std::vector<std::vector<OpenCall>> open_calls_;  // per unit, innermost last
-  int forward_depth_ = 0;                          // open forwards outside backward
-  std::shared_ptr<Tape> forward_tape_;             // of the open root forward
-  std::shared_ptr<Tape> recomputation_tape_;       // of a backward that began with a recomputation
-  // Owned by the callback that autograd holds for the outermost backward: gone when that backward has
-  // ended, by an exception too. A flag would stay set after an exception.
+  std::vector<std::vector<OpenCall>> open_calls_;    // per unit, innermost last
+  int forward_depth_ = 0;                            // open forwards outside backward
+  std::shared_ptr<Tape> forward_tape_;               // of the open root forward
+  std::shared_ptr<Tape> recomputation_tape_;  // of a backward that began with a recomputation
+  // Owned by the callback that autograd holds for the outermost backward: gone when that backward
+  // has ended, by an exception too. A flag would stay set after an exception.
   std::weak_ptr<int> backward_alive_;
   bool backward_started_ = false;  // finish_backward() has not run since the last begin_backward()
   bool manual_finalization_ = false;

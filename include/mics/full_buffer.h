@@ -1,9 +1,10 @@
 // FullBuffer: the full parameters of one unit, there while unsharded, gone while sharded.
 //
-// All views share one StorageImpl for the life of the buffer. attach() points it at memory; detach()
-// points it at nothing and frees the memory. Tensors that autograd saved follow, because they hold the
-// StorageImpl and not the memory. While detached the storage keeps its size and any access to its data
-// raises, so a use outside the window is an error and not a read of freed memory.
+// All views share one StorageImpl for the life of the buffer. attach() points it at memory;
+// detach() points it at nothing and frees the memory. Tensors that autograd saved follow, because
+// they hold the StorageImpl and not the memory. While detached the storage keeps its size and any
+// access to its data raises, so a use outside the window is an error and not a read of freed
+// memory.
 //
 //   attach()  ->  views readable  ->  detach()  ->  any access: "unit ... used while sharded"
 //
@@ -33,9 +34,9 @@ class FullBuffer {
   [[nodiscard]] bool is_attached() const { return is_attached_; }
   [[nodiscard]] int64_t nbytes() const { return nbytes_; }
 
-  // A tensor of `sizes`, contiguous, `offset` elements into the buffer. Made without reading memory, so
-  // it can be made while detached. It has a version counter of its own: writing through another view
-  // does not count as a change of this one.
+  // A tensor of `sizes`, contiguous, `offset` elements into the buffer. Made without reading
+  // memory, so it can be made while detached. It has a version counter of its own: writing through
+  // another view does not count as a change of this one.
   [[nodiscard]] at::Tensor view(int64_t offset, const std::vector<int64_t>& sizes) const;
 
  private:

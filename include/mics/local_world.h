@@ -1,11 +1,13 @@
 // LocalWorld: ranks as threads of one process. The reference that other backends are compared with.
 //
-// A member reads its peers' tensors directly, so an operation costs no copy beyond the transfer. The
-// inputs of a member must not be written until its own call has returned (inline stream) or its work
-// is done (other streams): a barrier at the end of every operation holds it there.
+// A member reads its peers' tensors directly, so an operation costs no copy beyond the transfer.
+// The inputs of a member must not be written until its own call has returned (inline stream) or its
+// work is done (other streams): a barrier at the end of every operation holds it there.
 //
 //   LocalWorld world(4, std::chrono::seconds(60));
-//   run_ranks(4, [&](int rank) { auto comm = world.make_communicator(...); comm->all_gather(...); });
+//   // on the thread of each rank:
+//   auto communicator = world.make_communicator(group);
+//   communicator->all_gather(output, input, stream);
 #pragma once
 
 #include <chrono>

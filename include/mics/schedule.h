@@ -1,22 +1,23 @@
 // Schedule: in which order units are gathered, resharded and reduced. A pure state machine.
 //
-// A forward that autograd recorded is written on a *tape*: kBegin when a unit's forward starts, kEnd
-// when it returns. Backward walks the tape from its end. Passing the kEnd of a call gathers the unit;
-// passing its kBegin means that all its gradients are there: the unit is reduced and resharded.
+// A forward that autograd recorded is written on a *tape*: kBegin when a unit's forward starts,
+// kEnd when it returns. Backward walks the tape from its end. Passing the kEnd of a call gathers
+// the unit; passing its kBegin means that all its gradients are there: the unit is reduced and
+// resharded.
 //
 //   forward    Begin(root) Begin(b0) End(b0) Begin(b1) End(b1) End(root)
 //   backward <-------------------------------------------------------
 //              reduce root            reduce b1, then gather b0      gather root, gather b1
 //
-// Why the tape and not the arrival of gradients decides: the launch points are then the same on every
-// rank, also when a parameter, or a whole unit, gets no gradient on some ranks. A unit whose backward
-// never ran on this rank is passed like the others, so this rank joins the collectives that the other
-// ranks run for it. Autograd runs nodes in descending order of creation, so no gradient comes late on
-// one device; one that does is reduced again in finish_backward().
+// Why the tape and not the arrival of gradients decides: the launch points are then the same on
+// every rank, also when a parameter, or a whole unit, gets no gradient on some ranks. A unit whose
+// backward never ran on this rank is passed like the others, so this rank joins the collectives
+// that the other ranks run for it. Autograd runs nodes in descending order of creation, so no
+// gradient comes late on one device; one that does is reduced again in finish_backward().
 //
 // Recomputation (activation checkpointing) writes new calls on the tape at the place where backward
-// stands. Either their backward runs (re-entrant) and they are passed like any call, or it never does
-// (the graph of the first forward is used) and they are passed without effect.
+// stands. Either their backward runs (re-entrant) and they are passed like any call, or it never
+// does (the graph of the first forward is used) and they are passed without effect.
 //
 // Not thread-safe: one thread at a time.
 #pragma once
@@ -40,8 +41,8 @@ struct Action {
   friend bool operator==(const Action&, const Action&) = default;
 };
 
-// One root forward. Shared with the hooks on its outputs: a tape that nothing but the Schedule refers
-// to belongs to a graph that is gone, and is forgotten.
+// One root forward. Shared with the hooks on its outputs: a tape that nothing but the Schedule
+// refers to belongs to a graph that is gone, and is forgotten.
 class Tape {
  private:
   friend class Schedule;
@@ -64,12 +65,13 @@ class Schedule {
   // A new, empty tape.
   [[nodiscard]] std::shared_ptr<Tape> new_tape();
 
-  // Writes the start of a forward of `unit`. Returns the number of the call, unique in this Schedule.
+  // Writes the start of a forward of `unit`. Returns the number of the call, unique in this
+  // Schedule.
   [[nodiscard]] int64_t begin_call(Tape& tape, int unit);
-  // The same for a forward inside backward, in graph task `graph_task`. Appends to `actions` what to do
-  // before: calls whose own, nested backward is over are passed. Graph tasks are numbered in the order
-  // of their start, so a call entered in a later task than the present one belongs to a nested one that
-  // has ended.
+  // The same for a forward inside backward, in graph task `graph_task`. Appends to `actions` what
+  // to do before: calls whose own, nested backward is over are passed. Graph tasks are numbered in
+  // the order of their start, so a call entered in a later task than the present one belongs to a
+  // nested one that has ended.
   [[nodiscard]] int64_t begin_recomputed_call(Tape& tape, int unit, int64_t graph_task,
                                               std::vector<Action>& actions);
   // Writes the end of a call.
@@ -77,12 +79,12 @@ class Schedule {
   // Takes a call back: its forward failed or has no output that requires a gradient.
   void cancel_call(Tape& tape, int64_t call);
 
-  // Backward reached the outputs of `call` in graph task `graph_task`. Returns what to do before the
-  // call's backward may run. Call it for each output; only the first changes anything.
+  // Backward reached the outputs of `call` in graph task `graph_task`. Returns what to do before
+  // the call's backward may run. Call it for each output; only the first changes anything.
   [[nodiscard]] std::vector<Action> enter_backward(const std::shared_ptr<Tape>& tape, int64_t call,
                                                    int unit, int64_t graph_task);
-  // The outermost backward is over. Passes what is left on the tapes that it touched and reduces what
-  // has not been reduced.
+  // The outermost backward is over. Passes what is left on the tapes that it touched and reduces
+  // what has not been reduced.
   [[nodiscard]] std::vector<Action> finish_backward();
 
   // The tape on which backward stands; null outside backward.

@@ -1,8 +1,9 @@
 // Stream and Event: the only way to name an order of execution.
 //
-// A Stream runs what is queued on it in the order of queueing. Two streams are ordered only by events:
-// record an Event on one, wait for it on the other. Nothing else in mics orders work, so a backend that
-// runs streams concurrently shows a missing edge as a wrong result and not by chance as a right one.
+// A Stream runs what is queued on it in the order of queueing. Two streams are ordered only by
+// events: record an Event on one, wait for it on the other. Nothing else in mics orders work, so a
+// backend that runs streams concurrently shows a missing edge as a wrong result and not by chance
+// as a right one.
 //
 //   gather.enqueue([&] { ... });            right: compute waits for the gather
 //   gather.record(ready);
@@ -34,8 +35,8 @@ class Event {
 class Stream {
  public:
   virtual ~Stream() = default;
-  // Queues `work`. Returns at once, or runs it, as the backend says. What `work` refers to must live
-  // until it ran.
+  // Queues `work`. Returns at once, or runs it, as the backend says. What `work` refers to must
+  // live until it ran.
   virtual void enqueue(std::function<void()> work) = 0;
   [[nodiscard]] virtual std::unique_ptr<Event> make_event() = 0;
   // Marks the present end of this stream in `event`, replacing an earlier mark.

@@ -42,10 +42,11 @@ enum class Variant {
 // Immutable after construction; safe to share between threads.
 class Topology {
  public:
-  // Throws InvalidArgument when partition_size does not divide the world size, or, on nodes of equal
-  // size with consecutive ranks, neither divides ranks_per_node nor is a multiple of it. The message
-  // lists the legal sizes. Nodes that are uneven or interleaved are accepted here (flat collectives
-  // need no nodes); hierarchical_error() then says why the hierarchical variant is not available.
+  // Throws InvalidArgument when partition_size does not divide the world size, or, on nodes of
+  // equal size with consecutive ranks, neither divides ranks_per_node nor is a multiple of it. The
+  // message lists the legal sizes. Nodes that are uneven or interleaved are accepted here (flat
+  // collectives need no nodes); hierarchical_error() then says why the hierarchical variant is not
+  // available.
   explicit Topology(const TopologyOptions& options);
 
   // Every partition_size legal for this world: divisors of world_size that divide ranks_per_node or
@@ -72,22 +73,24 @@ class Topology {
   [[nodiscard]] std::vector<Group> replication_groups() const;
 
   // N and L of the collectives of one partition group: flat is (1, partition_size); hierarchical is
-  // (nodes of the group, its ranks per node). A group inside one node is (1, partition_size) in both.
+  // (nodes of the group, its ranks per node). A group inside one node is (1, partition_size) in
+  // both.
   struct Shape {
     int num_nodes = 1;       // N
     int ranks_per_node = 1;  // L
   };
   [[nodiscard]] Shape shape(Variant variant) const;
 
-  // Hop-2 group of a gather: the ranks of this partition group on this rank's node (hierarchical), or
-  // the whole partition group (flat).
+  // Hop-2 group of a gather: the ranks of this partition group on this rank's node (hierarchical),
+  // or the whole partition group (flat).
   [[nodiscard]] Group intra_group(int world_rank, Variant variant) const;
   // Hop-1 group of a gather: the ranks of equal local index, one per node; {world_rank} when N = 1.
   [[nodiscard]] Group rail_group(int world_rank, Variant variant) const;
   [[nodiscard]] std::vector<Group> intra_groups(Variant variant) const;
   [[nodiscard]] std::vector<Group> rail_groups(Variant variant) const;
 
-  // Empty when the hierarchical variant can be used; else the reason with the map of ranks to nodes.
+  // Empty when the hierarchical variant can be used; else the reason with the map of ranks to
+  // nodes.
   [[nodiscard]] const std::string& hierarchical_error() const { return hierarchical_error_; }
   // True when a partition group has ranks on more than one node.
   [[nodiscard]] bool spans_nodes() const;

@@ -1,21 +1,22 @@
 // Unit: parameters that are gathered, reduced and freed together, and the state of their gradients.
 //
 // A unit has four kinds of tensors:
-//   shard      [S], the optimizer's dtype     this rank's chunks; the sharded parameters are views of it
-//   full       [full_numel], parameter dtype  there while unsharded; the full parameters are views of it
-//   pending    [Sg], accumulation dtype       gradient shard summed over the partition group and over
-//                                             micro-steps, not yet over the replication group
-//   gradient   [Sg], the shard's dtype        the synchronised gradient; `.grad` of the sharded
-//                                             parameters are views of it
-// Sg is the shard length of the trainable parameters alone. Pending and gradient are one buffer unless
-// a synchronised gradient is to be kept or the dtypes differ.
+//   shard     [S], optimizer's dtype         this rank's chunks; sharded parameters are views
+//   full      [full_numel], parameter dtype  while unsharded; full parameters are views
+//   pending   [Sg], accumulation dtype       gradient shard, summed over the partition group and
+//                                            over micro-steps, not yet over the replication group
+//   gradient  [Sg], the shard's dtype        synchronised; `.grad` of sharded parameters are views
+// Sg is the shard length of the trainable parameters alone. Pending and gradient are one buffer
+// unless a synchronised gradient is to be kept or the dtypes differ.
 //
 //   reduce() every micro-step      full gradients -> hop 1 -> pending
 //   synchronize() at the boundary  pending -> hop 2 over replicas -> times factor -> gradient
 //   expose() after it              gradient -> `.grad`
 //
-// A part that was synchronised is never reduced again: what comes later is added apart and joined at its
-// own boundary. Source: MiCS paper section 3.4; docs/design.md.
+// A part that was synchronised is never reduced again: what comes later is added apart and joined
+// at its own boundary.
+//
+// Source: MiCS paper section 3.4; docs/design.md.
 //
 // Thread safety: one thread at a time. Errors leave the shard untouched.
 #pragma once
@@ -38,19 +39,20 @@ namespace mics {
 
 // One parameter as the unit holds it.
 struct UnitParameter {
-  std::string name;                // fully qualified; for messages
-  std::vector<int64_t> sizes;      // of the full parameter
-  at::Tensor sharded;              // what the optimizer sees; its `.grad` is set by expose()
-  at::Tensor gradient;             // what `.grad` is set to: wraps this parameter's part of the gradient
-                                   // buffer. Undefined when frozen.
+  std::string name;            // fully qualified; for messages
+  std::vector<int64_t> sizes;  // of the full parameter
+  at::Tensor sharded;          // what the optimizer sees; its `.grad` is set by expose()
+  // What `.grad` is set to: wraps this parameter's part of the gradient buffer. Undefined when
+  // frozen.
+  at::Tensor gradient;
   bool is_trainable = true;
 };
 
 struct UnitOptions {
   std::string name;
   std::vector<UnitParameter> parameters;
-  at::Tensor shard;                             // [S]
-  at::Tensor gradient;                          // [Sg], of the shard's dtype; undefined when all are frozen
+  at::Tensor shard;     // [S]
+  at::Tensor gradient;  // [Sg], of the shard's dtype; undefined when all are frozen
   at::ScalarType parameter_dtype = at::kFloat;  // of the full parameters; travels in gathers
   at::ScalarType reduce_dtype = at::kFloat;     // travels in reductions
   int partition_size = 1;
@@ -81,9 +83,9 @@ struct UnitSettings {
   bool reshard_after_forward = true;
   bool reshard_after_backward = true;
   bool unshard_in_backward = true;
-  bool reduce_gradients = true;      // false: keep full gradients, reduce nothing (accumulate="local")
+  bool reduce_gradients = true;  // false: keep full gradients, reduce nothing (accumulate="local")
   bool synchronize_gradients = true;  // false: hop 1 only; the accumulation goes on
-  double gradient_factor = 1.0;      // multiplies the sum over all ranks, once, in fp32
+  double gradient_factor = 1.0;       // multiplies the sum over all ranks, once, in fp32
 };
 
 class Unit {
@@ -103,8 +105,8 @@ class Unit {
   [[nodiscard]] std::vector<at::Tensor> full_views() const;
   // The leaf tensors over full_views() that autograd sees; their `.grad` is taken by reduce().
   void set_full_parameters(std::vector<at::Tensor> full_parameters);
-  // Called with true when the module must hold the full parameters and with false when it must hold the
-  // sharded ones.
+  // Called with true when the module must hold the full parameters and with false when it must hold
+  // the sharded ones.
   void set_exchange(std::function<void(bool)> exchange) { exchange_ = std::move(exchange); }
   // Called with the synchronised gradient [Sg] before it becomes visible; may change it in place.
   void set_gradient_hook(std::function<void(const at::Tensor&)> hook) { hook_ = std::move(hook); }
@@ -120,8 +122,8 @@ class Unit {
   void reduce(Scratch& scratch, Stream& stream);
   // Sums pending over the replication group, scales, and joins it to the gradient.
   void synchronize(Stream& stream);
-  // Sets `.grad` of each trainable parameter i with `is_used[i]` to its part of the gradient. The others
-  // had no gradient on any rank and keep what they have.
+  // Sets `.grad` of each trainable parameter i with `is_used[i]` to its part of the gradient. The
+  // others had no gradient on any rank and keep what they have.
   void expose(const std::vector<bool>& is_used);
 
   // 1 for each trainable parameter that had a gradient on this rank since the last expose().
@@ -142,8 +144,8 @@ class Unit {
   void reset();
 
  private:
-  // Moves with every write to the shard: version counters of the shard (shared with its views) and of
-  // the sharded parameters (an optimizer that works on a DTensor counts there only).
+  // Moves with every write to the shard: version counters of the shard (shared with its views) and
+  // of the sharded parameters (an optimizer that works on a DTensor counts there only).
   [[nodiscard]] int64_t shard_version() const;
   [[nodiscard]] at::Tensor gradient_region(int trainable_index, at::Tensor& packed) const;
   [[nodiscard]] bool has_visible_gradient() const;
@@ -164,8 +166,9 @@ class Unit {
   bool module_holds_full_ = false;
   std::optional<int64_t> gathered_version_;  // shard_version() at the last gather
 
-  at::Tensor separate_pending_;           // allocated when first needed
-  at::Tensor* pending_buffer_ = nullptr;  // options_.gradient or separate_pending_; null: nothing pending
+  at::Tensor separate_pending_;  // allocated when first needed
+  at::Tensor* pending_buffer_ =
+      nullptr;  // options_.gradient or separate_pending_; null: nothing pending
   bool has_hidden_gradient_ = false;
   std::vector<bool> used_;
 };

@@ -28,7 +28,8 @@ std::vector<TensorPair> to_pairs(const Tensors& outputs, const Tensors& inputs) 
   return pairs;
 }
 
-GroupInfo to_group(std::string name, std::vector<int> world_ranks, std::vector<int> nodes, int rank) {
+GroupInfo to_group(std::string name, std::vector<int> world_ranks, std::vector<int> nodes,
+                   int rank) {
   return {std::move(name), std::move(world_ranks), std::move(nodes), rank};
 }
 
@@ -75,8 +76,8 @@ void bind_comm(py::module_& module) {
            py::arg("timeout"))
       .def(
           "make_communicator",
-          [](LocalWorld& self, std::string name, std::vector<int> world_ranks, std::vector<int> nodes,
-             int rank) {
+          [](LocalWorld& self, std::string name, std::vector<int> world_ranks,
+             std::vector<int> nodes, int rank) {
             return std::shared_ptr<Communicator>(self.make_communicator(
                 to_group(std::move(name), std::move(world_ranks), std::move(nodes), rank)));
           },
@@ -89,8 +90,8 @@ void bind_comm(py::module_& module) {
          std::vector<int> world_ranks, std::vector<int> nodes, int rank,
          std::chrono::milliseconds timeout) {
         return std::shared_ptr<Communicator>(make_c10d_communicator(
-            to_group(std::move(name), std::move(world_ranks), std::move(nodes), rank), process_group,
-            timeout));
+            to_group(std::move(name), std::move(world_ranks), std::move(nodes), rank),
+            process_group, timeout));
       },
       py::arg("process_group"), py::kw_only(), py::arg("name"), py::arg("world_ranks"),
       py::arg("nodes"), py::arg("rank"), py::arg("timeout"), Release());

@@ -65,7 +65,8 @@ void bind_runtime(py::module_& module) {
              return UnitParameter{std::move(name), std::move(sizes), std::move(sharded),
                                   gradient.value_or(at::Tensor()), gradient.has_value()};
            }),
-           py::kw_only(), py::arg("name"), py::arg("sizes"), py::arg("sharded"), py::arg("gradient"));
+           py::kw_only(), py::arg("name"), py::arg("sizes"), py::arg("sharded"),
+           py::arg("gradient"));
 
   py::class_<UnitSettings>(module, "UnitSettings")
       .def_readwrite("reshard_after_forward", &UnitSettings::reshard_after_forward)
@@ -77,14 +78,16 @@ void bind_runtime(py::module_& module) {
 
   py::class_<Unit, std::shared_ptr<Unit>>(module, "Unit")
       .def(py::init(&make_unit), py::kw_only(), py::arg("name"), py::arg("parameters"),
-           py::arg("shard"), py::arg("gradient"), py::arg("parameter_dtype"), py::arg("reduce_dtype"),
-           py::arg("partition_size"), py::arg("gather_rail"), py::arg("gather_intra"),
-           py::arg("reduce_rail"), py::arg("reduce_intra"), py::arg("replicate"))
+           py::arg("shard"), py::arg("gradient"), py::arg("parameter_dtype"),
+           py::arg("reduce_dtype"), py::arg("partition_size"), py::arg("gather_rail"),
+           py::arg("gather_intra"), py::arg("reduce_rail"), py::arg("reduce_intra"),
+           py::arg("replicate"))
       .def_property_readonly("name", &Unit::name)
       .def_property_readonly("layout", &Unit::layout, py::return_value_policy::reference_internal)
       .def_property_readonly("gradient_layout", &Unit::gradient_layout,
                              py::return_value_policy::reference_internal)
-      .def_property_readonly("settings", &Unit::settings, py::return_value_policy::reference_internal)
+      .def_property_readonly("settings", &Unit::settings,
+                             py::return_value_policy::reference_internal)
       .def_property_readonly("is_unsharded", &Unit::is_unsharded)
       .def_property_readonly("has_pending", &Unit::has_pending)
       .def_property_readonly("has_full_gradient", &Unit::has_full_gradient)
@@ -109,7 +112,8 @@ void bind_runtime(py::module_& module) {
            Release())
       .def("unshard", &Engine::unshard, py::arg("unit"), Release())
       .def("reshard", &Engine::reshard, py::arg("unit"), Release())
-      .def("set_backward_prefetch", &Engine::set_backward_prefetch, py::arg("unit"), py::arg("ahead"))
+      .def("set_backward_prefetch", &Engine::set_backward_prefetch, py::arg("unit"),
+           py::arg("ahead"))
       .def("finish_backward", &Engine::finish_backward, Release())
       .def("set_manual_finalization", &Engine::set_manual_finalization)
       .def("unfinished_units", &Engine::unfinished_units)

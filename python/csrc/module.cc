@@ -13,7 +13,8 @@ PYBIND11_MODULE(_C, module) {
   py::register_exception<mics::Error>(module, "Error", PyExc_RuntimeError);
   py::register_exception<mics::InvalidArgument>(module, "InvalidArgument", PyExc_ValueError);
   py::register_exception<mics::InternalError>(module, "InternalError", PyExc_RuntimeError);
-  const auto comm_error = py::register_exception<mics::CommError>(module, "CommError", PyExc_RuntimeError);
+  const auto comm_error =
+      py::register_exception<mics::CommError>(module, "CommError", PyExc_RuntimeError);
   py::register_exception<mics::TimeoutError>(module, "TimeoutError", comm_error);
 
   mics::bind_plan(module);

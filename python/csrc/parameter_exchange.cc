@@ -24,8 +24,8 @@ void ParameterExchange::apply(bool full) {
   for (const Place& place : places_) {
     const PyObject* present = PyDict_GetItemWithError(place.parameters.ptr(), place.key.ptr());
     MICS_CHECK(present == place.sharded.ptr() || present == place.full.ptr(),
-               "a sharded parameter must not be replaced: got another tensor in place of \"", place.name,
-               "\". Change its values instead, with copy_() or load_state_dict().");
+               "a sharded parameter must not be replaced: got another tensor in place of \"",
+               place.name, "\". Change its values instead, with copy_() or load_state_dict().");
     const py::object& wanted = full ? place.full : place.sharded;
     if (present == wanted.ptr()) continue;
     if (PyDict_SetItem(place.parameters.ptr(), place.key.ptr(), wanted.ptr()) != 0) {

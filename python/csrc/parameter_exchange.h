@@ -1,4 +1,5 @@
-// ParameterExchange: puts the full or the sharded parameters of a unit into its modules' dictionaries.
+// ParameterExchange: puts the full or the sharded parameters of a unit into its modules'
+// dictionaries.
 //
 // One call per unit; no Python code runs per parameter.
 #pragma once
@@ -18,9 +19,10 @@ class ParameterExchange {
   // May run on a thread without the GIL.
   ~ParameterExchange();
 
-  // `parameters` is a module's `_parameters`. A tied parameter is added once per place. With the GIL.
-  void add(pybind11::dict parameters, pybind11::str key, pybind11::object sharded, pybind11::object full,
-           std::string name);
+  // `parameters` is a module's `_parameters`. A tied parameter is added once per place. With the
+  // GIL.
+  void add(pybind11::dict parameters, pybind11::str key, pybind11::object sharded,
+           pybind11::object full, std::string name);
   // Takes the GIL. Throws InvalidArgument when a place holds neither tensor: somebody replaced it.
   void apply(bool full);
   // Names of parameters whose place holds something else than the sharded tensor. With the GIL.

@@ -7,7 +7,7 @@ _check_import()
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy  # noqa: E402
 
 from torch_mics import checkpoint  # noqa: E402
-from torch_mics._C import CommError, InternalError, TimeoutError  # noqa: A004, E402
+from torch_mics._C import CommError, InternalError, TimeoutError  # noqa: E402
 from torch_mics._full_state import full_state_dict, load_full_state_dict  # noqa: E402
 from torch_mics._fully_shard import fully_shard  # noqa: E402
 from torch_mics._groups import init_mesh  # noqa: E402

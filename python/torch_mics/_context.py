@@ -31,9 +31,9 @@ class Context:
     def __init__(self, root: nn.Module, root_unit: ShardedUnit) -> None:
         self.root_unit = root_unit
         self.units = units_of(root)
-        for unit in root_unit.modules[1:]:
+        for other_root in root_unit.modules[1:]:
             # A root given as a list: all its modules are roots.
-            self.units += [other for other in units_of(unit) if other not in self.units]
+            self.units += [unit for unit in units_of(other_root) if unit not in self.units]
         self._absorb_older_contexts()
         self._name_units(root)
         _check_shards(self.units)
@@ -63,8 +63,7 @@ class Context:
         for index, unit in enumerate(self.units):
             unit.context, unit.index = self, index
             unit.make_handle(self.communicators[unit.groups.variant(unit.hierarchical)])
-        handles = [unit.handle for unit in self.units]
-        assert all(handle is not None for handle in handles)
+        handles = [unit.handle for unit in self.units if unit.handle is not None]
         self.engine = _C.Engine(handles, control=self.control)
         self.push_settings()
         self.push_prefetch()
@@ -80,7 +79,9 @@ class Context:
         if self.engine.matches_requires_grad():
             return
         for unit in self.units:
-            if unit.handle is not None and (unit.handle.has_pending or unit.handle.has_full_gradient):
+            if unit.handle is not None and (
+                unit.handle.has_pending or unit.handle.has_full_gradient
+            ):
                 raise RuntimeError(
                     "requires_grad must not change during an accumulation: unit "
                     f'"{unit.name}" has gradients that are not synchronised.'
@@ -146,9 +147,7 @@ def _describe(unit: ShardedUnit) -> dict[str, Any]:
         "param_dtype": str(unit.parameter_dtype),
         "reduce_dtype": str(unit.reduce_dtype),
         "hierarchical_gather": str(unit.hierarchical),
-        "settings": {
-            key: str(value) for key, value in dataclasses.asdict(unit.settings).items()
-        },
+        "settings": {key: str(value) for key, value in dataclasses.asdict(unit.settings).items()},
     }
 
 
@@ -185,4 +184,5 @@ def _checksum(shard: torch.Tensor) -> str:
         return "empty"
     values = shard.detach().double()
     weights = torch.arange(1, values.numel() + 1, device=values.device, dtype=torch.float64)
-    return f"{values.sum().item().hex()} {(values / weights).sum().item().hex()}"
+    sums = (values.sum(), (values / weights).sum())
+    return " ".join(float(value).hex() for value in sums)

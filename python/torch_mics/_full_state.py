@@ -63,7 +63,9 @@ def load_full_state_dict(
     check_sharded(model, "load_full_state_dict")
     _check_fits(model, state, broadcast=broadcast, strict=strict)
     options = StateDictOptions(
-        full_state_dict=True, broadcast_from_rank0=broadcast and dist.get_world_size() > 1, strict=strict
+        full_state_dict=True,
+        broadcast_from_rank0=broadcast and dist.get_world_size() > 1,
+        strict=strict,
     )
     set_model_state_dict(model, state, options=options)
     for unit in units_of(model):
@@ -72,7 +74,7 @@ def load_full_state_dict(
 
 
 def _check_fits(model: nn.Module, state: dict[str, Any], *, broadcast: bool, strict: bool) -> None:
-    from torch_mics._exchange import exchange  # noqa: PLC0415
+    from torch_mics._exchange import exchange
 
     problem = describe_misfit(
         {name: tuple(value.shape) for name, value in model.state_dict().items()},

@@ -125,7 +125,9 @@ def _check_arguments(
     accumulate: str,
 ) -> None:
     if mesh is not None and shard_size is not None:
-        raise ValueError(f"give either a mesh or a shard_size: got both (shard_size={shard_size!r}).")
+        raise ValueError(
+            f"give either a mesh or a shard_size: got both (shard_size={shard_size!r})."
+        )
     if shard_placement_fn is not None:
         raise ValueError("shard_placement_fn must be None: parameters are cut along dim 0.")
     if offload_policy is not None and type(offload_policy) is not OffloadPolicy:

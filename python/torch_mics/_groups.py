@@ -125,9 +125,7 @@ def init_mesh(
         node_of_rank=nodes, partition_size=_resolve_shard_size(shard_size, nodes)
     )
     shape = (topology.replication_size, topology.partition_size)
-    mesh = init_device_mesh(
-        device_type or _default_device_type(), shape, mesh_dim_names=_MESH_DIMS
-    )
+    mesh = init_device_mesh(device_type or _default_device_type(), shape, mesh_dim_names=_MESH_DIMS)
     _attach_groups(mesh, nodes)
     return mesh
 
@@ -168,9 +166,7 @@ class Groups:
     def __init__(self, mesh: DeviceMesh, nodes: list[str]) -> None:
         self.mesh = mesh
         self._nodes = nodes
-        self.topology = _C.Topology(
-            node_of_rank=nodes, partition_size=mesh.size(mesh.ndim - 1)
-        )
+        self.topology = _C.Topology(node_of_rank=nodes, partition_size=mesh.size(mesh.ndim - 1))
         self._process_groups: dict[str, dist.ProcessGroup] = {}
 
     def variant(self, hierarchical: HierarchicalGather) -> _C.Variant:
@@ -215,9 +211,7 @@ class Groups:
         index = ranks.index(dist.get_rank())
         if len(ranks) == 1:
             world = _C.LocalWorld(self.topology.world_size, timeout=_OPERATION_TIMEOUT)
-            return world.make_communicator(
-                name=name, world_ranks=ranks, nodes=nodes, rank=index
-            )
+            return world.make_communicator(name=name, world_ranks=ranks, nodes=nodes, rank=index)
         return _C.make_c10d_communicator(
             self._process_group(ranks, groups),
             name=name,

@@ -117,10 +117,8 @@ def _initialise_module(
     for name, buffer in module._buffers.items():
         if buffer is not None and buffer.is_meta:
             module._buffers[name] = torch.empty_like(buffer, device=device)
-    full: list[torch.Tensor] = []
     for _, _, parameter, name in owned:
         values = torch.zeros(parameter.sizes, dtype=parameter.sharded.dtype, device=device)
-        full.append(values)
         module._parameters[name] = nn.Parameter(values, parameter.sharded.requires_grad)
     try:
         initialise(module)
@@ -129,7 +127,7 @@ def _initialise_module(
         for _, _, parameter, name in owned:
             module._parameters[name] = parameter.sharded
     with torch.no_grad():
-        for (unit, index, parameter, _), values in zip(owned, written, strict=True):
-            assert values is not None
+        for (unit, index, parameter, _), initialised in zip(owned, written, strict=True):
+            assert initialised is not None
             first, last = unit.layout().rows_of(index, unit.partition_rank)
-            parameter.local.copy_(values[first:last])
+            parameter.local.copy_(initialised[first:last])

@@ -161,7 +161,9 @@ class MiCSModule(FSDPModule):
         The tensor may be changed in place.
         """
         if stream is not None:
-            raise ValueError("the hook runs on the stream of the all-reduce: got a stream of its own.")
+            raise ValueError(
+                "the hook runs on the stream of the all-reduce: got a stream of its own."
+            )
         self._unit.gradient_hook = hook
         if self._unit.handle is not None:
             self._unit.handle.set_gradient_hook(hook)

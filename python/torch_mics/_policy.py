@@ -25,9 +25,7 @@ def resolve_policy(policy: MixedPrecisionPolicy | str | None) -> MixedPrecisionP
             raise ValueError(
                 f'mp_policy must be "bf16", "fp16" or a MixedPrecisionPolicy: got {policy!r}.'
             )
-        return MixedPrecisionPolicy(
-            param_dtype=_SHORTHANDS[policy], reduce_dtype=torch.float32
-        )
+        return MixedPrecisionPolicy(param_dtype=_SHORTHANDS[policy], reduce_dtype=torch.float32)
     if not isinstance(policy, MixedPrecisionPolicy):
         raise TypeError(
             f'mp_policy must be "bf16", "fp16" or a MixedPrecisionPolicy: got {type(policy).__name__}.'

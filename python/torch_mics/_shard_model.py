@@ -46,7 +46,9 @@ def shard_model(
         ValueError, TypeError: as fully_shard(); also when no unit is found.
     """
     if mesh is not None and shard_size is not None:
-        raise ValueError(f"give either a mesh or a shard_size: got both (shard_size={shard_size!r}).")
+        raise ValueError(
+            f"give either a mesh or a shard_size: got both (shard_size={shard_size!r})."
+        )
     ensure_process_group()
     if mesh is None:
         mesh = default_mesh("node" if shard_size is None else shard_size)
@@ -132,7 +134,7 @@ def _find_outer_units(model: nn.Module, blocks: list[nn.Module]) -> list[list[nn
         for module in model.modules()
         if id(module) not in inside and id(module) not in above and module._parameters
     ]
-    embeddings = [[module] for module in leaves if isinstance(module, nn.Embedding)]
+    embeddings: list[list[nn.Module]] = [[m] for m in leaves if isinstance(m, nn.Embedding)]
     if not blocks:
         return embeddings
     order = [id(module) for module in model.modules()]
@@ -165,9 +167,7 @@ def _innermost_first(model: nn.Module, modules: list[nn.Module]) -> list[list[nn
     return [[module] for module in sorted(modules, key=lambda module: -order[id(module)])]
 
 
-def _join_tied(
-    inner: list[list[nn.Module]], outer: list[list[nn.Module]]
-) -> list[list[nn.Module]]:
+def _join_tied(inner: list[list[nn.Module]], outer: list[list[nn.Module]]) -> list[list[nn.Module]]:
     """Joins units that share a parameter, so that a tied parameter is in one unit."""
     joined: list[list[nn.Module]] = []
     for unit in [*inner, *outer]:

@@ -35,9 +35,9 @@ def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
     replaced: list[tuple[Parameter, torch.Tensor]] = []
     for parameter in unit.parameters:
         for place in parameter.places:
-            present = place.module._parameters[place.name]
-            if present is not None and present is not parameter.sharded:
-                replaced.append((parameter, present))
+            held = place.module._parameters[place.name]
+            if held is not None and held is not parameter.sharded:
+                replaced.append((parameter, held))
     if not replaced:
         return
     for parameter, present in replaced:

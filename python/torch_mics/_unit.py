@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ from torch_mics import _C
 
 if TYPE_CHECKING:
     from torch_mics._context import Context
-    from torch_mics._groups import Groups, HierarchicalGather
+    from torch_mics._groups import Communicators, Groups, HierarchicalGather
 
 
 @dataclasses.dataclass
@@ -44,7 +45,7 @@ class Parameter:
     @property
     def local(self) -> torch.Tensor:
         """This rank's rows, a view of the shard; maybe none."""
-        return self.sharded._local_tensor  # type: ignore[attr-defined,no-any-return]
+        return self.sharded._local_tensor  # type: ignore[attr-defined]
 
 
 @dataclasses.dataclass
@@ -80,7 +81,7 @@ class ShardedUnit:
         self.name = type(modules[0]).__name__  # the context gives it its qualified name
         self.parameters: list[Parameter] = []
         self.shard = torch.empty(0)
-        self.gradient_hook: object = None
+        self.gradient_hook: Callable[[torch.Tensor], None] | None = None
         self.forward_prefetch: list[ShardedUnit] = []
         self.backward_prefetch: list[ShardedUnit] = []
         self.post_optim_event: torch.Event | None = None
@@ -125,9 +126,9 @@ class ShardedUnit:
             alignment=_C.layout_alignment(self.parameter_dtype, self.reduce_dtype),
         )
 
-    def _view(self, buffer: torch.Tensor, layout: _C.ShardLayout, index: int, sizes: torch.Size) -> (
-        torch.Tensor
-    ):
+    def _view(
+        self, buffer: torch.Tensor, layout: _C.ShardLayout, index: int, sizes: torch.Size
+    ) -> torch.Tensor:
         """This rank's rows of parameter `index` in a buffer with that layout."""
         first, last = layout.rows_of(index, self.partition_rank)
         place = layout.parameter(index)
@@ -203,7 +204,7 @@ class ShardedUnit:
             parameter.sharded._local_tensor = view  # type: ignore[attr-defined]
         self.mark_parameters()
 
-    def make_handle(self, communicators: object) -> None:
+    def make_handle(self, communicators: Communicators) -> None:
         """Makes the C++ unit: gradient buffer, full parameters and their exchange."""
         trainable_layout = self.layout(only_trainable=True)
         gradient = torch.zeros(
@@ -233,11 +234,11 @@ class ShardedUnit:
             parameter_dtype=self.parameter_dtype,
             reduce_dtype=self.reduce_dtype,
             partition_size=self.groups.topology.partition_size,
-            gather_rail=communicators.gather_rail,  # type: ignore[attr-defined]
-            gather_intra=communicators.gather_intra,  # type: ignore[attr-defined]
-            reduce_rail=communicators.reduce_rail,  # type: ignore[attr-defined]
-            reduce_intra=communicators.reduce_intra,  # type: ignore[attr-defined]
-            replicate=communicators.replicate,  # type: ignore[attr-defined]
+            gather_rail=communicators.gather_rail,
+            gather_intra=communicators.gather_intra,
+            reduce_rail=communicators.reduce_rail,
+            reduce_intra=communicators.reduce_intra,
+            replicate=communicators.replicate,
         )
         exchange = _C.ParameterExchange()
         full_parameters = []
@@ -287,7 +288,9 @@ class ShardedUnit:
         target.reshard_after_forward = not is_root if after_forward is None else after_forward
         target.reshard_after_backward = settings.reshard_after_backward
         target.unshard_in_backward = settings.unshard_in_backward
-        target.reduce_gradients = settings.requires_gradient_sync or settings.accumulate == "two_hop"
+        target.reduce_gradients = (
+            settings.requires_gradient_sync or settings.accumulate == "two_hop"
+        )
         target.synchronize_gradients = (
             settings.requires_gradient_sync
             and settings.requires_all_reduce

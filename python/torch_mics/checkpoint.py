@@ -126,9 +126,11 @@ def export_safetensors(
         ImportError: safetensors is not installed.
     """
     try:
-        from safetensors.torch import save_file  # noqa: PLC0415
+        from safetensors.torch import save_file
     except ImportError as error:
-        raise ImportError("export_safetensors needs safetensors: `pip install safetensors`.") from error
+        raise ImportError(
+            "export_safetensors needs safetensors: `pip install safetensors`."
+        ) from error
     state = full_state_dict(model)
     if dist.get_rank() == 0:
         tensors = {name: value.contiguous() for name, value in state.items()}

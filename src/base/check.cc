@@ -11,8 +11,8 @@ void throw_invalid_argument(const std::string& message) { throw InvalidArgument(
 void throw_internal_error(const char* condition, const char* file, int line,
                           const std::string& message) {
   throw InternalError(concatenate("internal error: ", message,
-                                  " Please report this with the log.\n  [", condition, " is false at ",
-                                  file, ":", line, "]"));
+                                  " Please report this with the log.\n  [", condition,
+                                  " is false at ", file, ":", line, "]"));
 }
 
 }  // namespace detail

@@ -7,9 +7,10 @@ namespace mics {
 namespace {
 
 void check_block(const ShardLayout& layout, const at::Tensor& block, const HopCommunicators& hops) {
-  MICS_CHECK(hops.num_nodes() * hops.ranks_per_node() == layout.partition_size(),
-             "the communicators must have partition_size ranks together: got rail=", hops.num_nodes(),
-             ", intra=", hops.ranks_per_node(), ", partition_size=", layout.partition_size(), ".");
+  MICS_CHECK(
+      hops.num_nodes() * hops.ranks_per_node() == layout.partition_size(),
+      "the communicators must have partition_size ranks together: got rail=", hops.num_nodes(),
+      ", intra=", hops.ranks_per_node(), ", partition_size=", layout.partition_size(), ".");
   MICS_CHECK(block.numel() == hops.num_nodes() * layout.shard_numel(),
              "a node block has one slot of shard_numel per node: got numel=", block.numel(),
              ", num_nodes=", hops.num_nodes(), ", shard_numel=", layout.shard_numel(), ".");
@@ -24,7 +25,8 @@ at::Tensor node_rows(const at::Tensor& region, const ParameterLayout& parameter,
 
 at::Tensor chunk(const at::Tensor& block, const ShardLayout& layout, int index, int slot) {
   const ParameterLayout& parameter = layout.parameter(index);
-  return block.narrow(0, layout.shard_numel() * slot + parameter.shard_offset, parameter.chunk_numel);
+  return block.narrow(0, layout.shard_numel() * slot + parameter.shard_offset,
+                      parameter.chunk_numel);
 }
 
 }  // namespace
@@ -34,7 +36,8 @@ void gather_unit(const ShardLayout& layout, const at::Tensor& block, const at::T
   check_block(layout, block, hops);
   if (layout.payload_numel() == 0) return;
   if (hops.rail != nullptr) {
-    const at::Tensor own = block.narrow(0, layout.shard_numel() * hops.slot(), layout.shard_numel());
+    const at::Tensor own =
+        block.narrow(0, layout.shard_numel() * hops.slot(), layout.shard_numel());
     hops.rail->all_gather(block, own, stream);
   }
   std::vector<TensorPair> pairs;
@@ -58,9 +61,9 @@ at::Tensor reduce_unit(const ShardLayout& layout, const std::vector<at::Tensor>&
     for (int i = 0; i < layout.num_parameters(); ++i) {
       const ParameterLayout& parameter = layout.parameter(i);
       if (parameter.chunk_numel == 0) continue;
-      pairs.push_back({chunk(block, layout, i, slot),
-                       node_rows(regions[static_cast<size_t>(i)], parameter, slot,
-                                 hops.ranks_per_node())});
+      pairs.push_back(
+          {chunk(block, layout, i, slot),
+           node_rows(regions[static_cast<size_t>(i)], parameter, slot, hops.ranks_per_node())});
     }
   }
   const at::Tensor own = block.narrow(0, layout.shard_numel() * hops.slot(), layout.shard_numel());

@@ -2,7 +2,6 @@
 
 #include <ATen/core/Tensor.h>
 
-
 #include <utility>
 
 #include "mics/check.h"
@@ -11,31 +10,35 @@ namespace mics {
 
 at::ScalarType accumulation_dtype(at::ScalarType dtype) {
   if (dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf) return at::kFloat;
-  MICS_CHECK(dtype == at::kDouble || dtype == at::kLong,
-             "a collective that sums takes float32, bfloat16, float16, float64 or int64: got dtype=",
-             dtype, ".");
+  MICS_CHECK(
+      dtype == at::kDouble || dtype == at::kLong,
+      "a collective that sums takes float32, bfloat16, float16, float64 or int64: got dtype=",
+      dtype, ".");
   return dtype;
 }
 
 void sum_in_order(const at::Tensor& output, const std::vector<at::Tensor>& pieces) {
-  at::Tensor sum = pieces.front().to(accumulation_dtype(output.scalar_type()), /*non_blocking=*/false,
-                                     /*copy=*/true);
+  at::Tensor sum =
+      pieces.front().to(accumulation_dtype(output.scalar_type()), /*non_blocking=*/false,
+                        /*copy=*/true);
   for (size_t i = 1; i < pieces.size(); ++i) sum.add_(pieces[i]);
   output.copy_(sum);
 }
 
 Communicator::Communicator(GroupInfo group) : group_(std::move(group)) {
-  MICS_CHECK(group_.size() >= 1, "a group must have at least one member: got name=", group_.name, ".");
+  MICS_CHECK(group_.size() >= 1, "a group must have at least one member: got name=", group_.name,
+             ".");
   MICS_CHECK(group_.nodes.size() == group_.world_ranks.size(),
              "a group needs the node of every member: got ", group_.nodes.size(), " nodes for ",
              group_.size(), " members (", group_.name, ").");
   MICS_CHECK(group_.rank >= 0 && group_.rank < group_.size(),
-             "a group rank must be in [0, size): got rank=", group_.rank, ", size=", group_.size(), " (",
-             group_.name, ").");
+             "a group rank must be in [0, size): got rank=", group_.rank, ", size=", group_.size(),
+             " (", group_.name, ").");
 }
 
 bool Communicator::is_same_node(int member) const {
-  return group_.nodes[static_cast<size_t>(member)] == group_.nodes[static_cast<size_t>(group_.rank)];
+  return group_.nodes[static_cast<size_t>(member)] ==
+         group_.nodes[static_cast<size_t>(group_.rank)];
 }
 
 void Communicator::count_direct(int64_t sent_nbytes_per_peer, int64_t received_nbytes_per_peer) {
@@ -52,7 +55,8 @@ void Communicator::count_ring(int64_t nbytes) {
   const int next = (group_.rank + 1) % group_.size();
   const int previous = (group_.rank + group_.size() - 1) % group_.size();
   (is_same_node(next) ? traffic_.sent_intra_nbytes : traffic_.sent_inter_nbytes) += nbytes;
-  (is_same_node(previous) ? traffic_.received_intra_nbytes : traffic_.received_inter_nbytes) += nbytes;
+  (is_same_node(previous) ? traffic_.received_intra_nbytes : traffic_.received_inter_nbytes) +=
+      nbytes;
 }
 
 void Communicator::count_gather(int64_t nbytes_per_member) {
@@ -66,7 +70,8 @@ void Communicator::count_gather(int64_t nbytes_per_member) {
 
 void Communicator::check_pairs(const char* op, const std::vector<TensorPair>& pairs,
                                bool output_is_larger) const {
-  MICS_CHECK(!pairs.empty(), op, " needs at least one pair of tensors: got none (", group_.name, ").");
+  MICS_CHECK(!pairs.empty(), op, " needs at least one pair of tensors: got none (", group_.name,
+             ").");
   const at::ScalarType dtype = pairs.front().input.scalar_type();
   for (const TensorPair& pair : pairs) {
     MICS_CHECK(pair.output.is_contiguous() && pair.input.is_contiguous(), op,
@@ -78,9 +83,10 @@ void Communicator::check_pairs(const char* op, const std::vector<TensorPair>& pa
     const at::Tensor& large = output_is_larger ? pair.output : pair.input;
     const at::Tensor& small = output_is_larger ? pair.input : pair.output;
     MICS_CHECK(large.numel() == small.numel() * group_.size(), op, " needs the ",
-               output_is_larger ? "output" : "input", " to hold size pieces: got output numel=",
-               pair.output.numel(), ", input numel=", pair.input.numel(), ", size=", group_.size(), " (",
-               group_.name, ").");
+               output_is_larger ? "output" : "input",
+               " to hold size pieces: got output numel=", pair.output.numel(),
+               ", input numel=", pair.input.numel(), ", size=", group_.size(), " (", group_.name,
+               ").");
     if (small.numel() == 0) continue;
     const auto* large_first = static_cast<const char*>(large.const_data_ptr());
     const auto* small_first = static_cast<const char*>(small.const_data_ptr());
@@ -88,16 +94,17 @@ void Communicator::check_pairs(const char* op, const std::vector<TensorPair>& pa
         small_first == large_first + static_cast<int64_t>(small.nbytes()) * group_.rank;
     const bool overlaps =
         small_first < large_first + large.nbytes() && large_first < small_first + small.nbytes();
-    MICS_CHECK(is_in_place || !overlaps, op,
-               " allows one overlap, the smaller tensor at this rank's place in the larger: got another "
-               "(rank=",
-               group_.rank, ", ", group_.name, ").");
+    MICS_CHECK(
+        is_in_place || !overlaps, op,
+        " allows one overlap, the smaller tensor at this rank's place in the larger: got another "
+        "(rank=",
+        group_.rank, ", ", group_.name, ").");
   }
 }
 
 namespace {
 
-int64_t total_nbytes(const std::vector<TensorPair>& pairs, const at::Tensor TensorPair::*member) {
+int64_t total_nbytes(const std::vector<TensorPair>& pairs, const at::Tensor TensorPair::* member) {
   int64_t nbytes = 0;
   for (const TensorPair& pair : pairs) nbytes += static_cast<int64_t>((pair.*member).nbytes());
   return nbytes;

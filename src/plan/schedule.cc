@@ -116,8 +116,8 @@ std::vector<Action> Schedule::finish_backward() {
   for (const std::shared_ptr<Tape>& tape : touched_tapes_) {
     while (!tape->events_.empty()) pass_last(*tape, actions);
   }
-  // What is left had its backward after its call was passed, or has calls on a tape that this backward
-  // did not touch.
+  // What is left had its backward after its call was passed, or has calls on a tape that this
+  // backward did not touch.
   for (auto unit = unreduced_.rbegin(); unit != unreduced_.rend(); ++unit) {
     actions.push_back({ActionKind::kReduce, *unit});
     actions.push_back({ActionKind::kReshard, *unit});

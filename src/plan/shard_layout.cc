@@ -17,9 +17,10 @@ int64_t round_up(int64_t value, int64_t multiple) {
 ShardLayout::ShardLayout(const std::vector<ParameterShape>& shapes, int partition_size,
                          int64_t alignment)
     : partition_size_(partition_size) {
-  MICS_CHECK(partition_size >= 1, "partition_size must be at least 1: got partition_size=",
-             partition_size, ".");
-  MICS_CHECK(alignment >= 1, "alignment must be at least 1 element: got alignment=", alignment, ".");
+  MICS_CHECK(partition_size >= 1,
+             "partition_size must be at least 1: got partition_size=", partition_size, ".");
+  MICS_CHECK(alignment >= 1, "alignment must be at least 1 element: got alignment=", alignment,
+             ".");
   for (size_t i = 0; i < shapes.size(); ++i) {
     const std::vector<int64_t>& sizes = shapes[i].sizes;
     ParameterLayout parameter;

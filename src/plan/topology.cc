@@ -32,7 +32,8 @@ int find_ranks_per_node(const std::vector<int>& node_of_rank, int num_nodes) {
   return ranks_per_node;
 }
 
-// Distinct groups of all ranks, by first member. `group_of` must give the same group to its members.
+// Distinct groups of all ranks, by first member. `group_of` must give the same group to its
+// members.
 template <typename GroupOf>
 std::vector<Group> distinct_groups(int world_size, const GroupOf& group_of) {
   std::vector<Group> groups;
@@ -59,7 +60,8 @@ std::vector<int> Topology::legal_partition_sizes(int world_size, int ranks_per_n
 Topology::Topology(const TopologyOptions& options)
     : world_size_(static_cast<int>(options.node_of_rank.size())),
       partition_size_(options.partition_size) {
-  MICS_CHECK(world_size_ >= 1, "the world must have at least one rank: got node_of_rank of length 0.");
+  MICS_CHECK(world_size_ >= 1,
+             "the world must have at least one rank: got node_of_rank of length 0.");
   std::map<std::string, int> index_of_node;
   for (const std::string& name : options.node_of_rank) {
     const auto [entry, is_new] =
@@ -70,8 +72,9 @@ Topology::Topology(const TopologyOptions& options)
   ranks_per_node_ = find_ranks_per_node(node_of_rank_, num_nodes());
 
   const std::vector<int> legal = legal_partition_sizes(world_size_, ranks_per_node_);
-  MICS_CHECK(partition_size_ >= 1, "partition_size must be at least 1: got partition_size=",
-             partition_size_, ", world_size=", world_size_, ". Use ", join_or(legal), ".");
+  MICS_CHECK(partition_size_ >= 1,
+             "partition_size must be at least 1: got partition_size=", partition_size_,
+             ", world_size=", world_size_, ". Use ", join_or(legal), ".");
   MICS_CHECK(world_size_ % partition_size_ == 0,
              "partition_size must divide world_size: got partition_size=", partition_size_,
              ", world_size=", world_size_, ". Use ", join_or(legal), ".");
@@ -153,7 +156,8 @@ Group Topology::intra_group(int world_rank, Variant variant) const {
   const Shape shape_of_group = shape(variant);
   const int first = world_rank - partition_rank(world_rank) % shape_of_group.ranks_per_node;
   Group group;
-  for (int local = 0; local < shape_of_group.ranks_per_node; ++local) group.push_back(first + local);
+  for (int local = 0; local < shape_of_group.ranks_per_node; ++local)
+    group.push_back(first + local);
   return group;
 }
 
@@ -180,8 +184,8 @@ std::string Topology::describe_nodes() const {
   std::ostringstream out;
   out << world_size_ << " ranks on " << num_nodes() << " nodes:";
   for (int node = 0; node < num_nodes(); ++node) {
-    out << (node > 0 ? "," : "") << " node " << node << " (" << node_names_[static_cast<size_t>(node)]
-        << ") [";
+    out << (node > 0 ? "," : "") << " node " << node << " ("
+        << node_names_[static_cast<size_t>(node)] << ") [";
     const char* separator = "";
     for (int rank = 0; rank < world_size_; ++rank) {
       if (node_of_rank_[static_cast<size_t>(rank)] != node) continue;

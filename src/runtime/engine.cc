@@ -89,7 +89,8 @@ void Engine::post_forward(int unit, bool failed) {
       schedule_.cancel_call(*open.tape, open.call);
     }
   }
-  // Inside backward the schedule alone reshards: the recomputed forward's backward is still to come.
+  // Inside backward the schedule alone reshards: the recomputed forward's backward is still to
+  // come.
   if (open.is_recomputation) return;
   Unit& resharded = *units_[static_cast<size_t>(unit)];
   resharded.reshard(failed || resharded.settings().reshard_after_forward);
@@ -174,8 +175,8 @@ void Engine::synchronize_pending() {
     num_flags += unit.num_trainable();
   }
   if (finished.empty()) return;
-  // A parameter that no rank used keeps `.grad` None, as in one process; one that some rank used has a
-  // gradient on all. One small reduction tells.
+  // A parameter that no rank used keeps `.grad` None, as in one process; one that some rank used
+  // has a gradient on all. One small reduction tells.
   at::Tensor flags = at::empty({num_flags}, at::kLong);
   auto* flag = flags.mutable_data_ptr<int64_t>();
   for (const Unit* unit : finished) {

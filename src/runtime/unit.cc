@@ -14,7 +14,8 @@
 namespace mics {
 
 int64_t layout_alignment(at::ScalarType parameter_dtype, at::ScalarType reduce_dtype) {
-  const size_t narrowest = std::min(c10::elementSize(parameter_dtype), c10::elementSize(reduce_dtype));
+  const size_t narrowest =
+      std::min(c10::elementSize(parameter_dtype), c10::elementSize(reduce_dtype));
   return static_cast<int64_t>(16 / narrowest);
 }
 
@@ -54,7 +55,8 @@ Unit::Unit(UnitOptions options, UnitCommunicators communicators)
       communicators_(communicators),
       layout_(layout_of(options_, /*only_trainable=*/false)),
       gradient_layout_(layout_of(options_, /*only_trainable=*/true)),
-      full_(layout_.full_numel(), options_.parameter_dtype, options_.shard.device(), options_.name) {
+      full_(layout_.full_numel(), options_.parameter_dtype, options_.shard.device(),
+            options_.name) {
   for (int i = 0; i < layout_.num_parameters(); ++i) {
     if (options_.parameters[static_cast<size_t>(i)].is_trainable) trainable_.push_back(i);
   }
@@ -85,7 +87,8 @@ void Unit::set_full_parameters(std::vector<at::Tensor> full_parameters) {
 
 int64_t Unit::shard_version() const {
   int64_t version = options_.shard._version();
-  for (const UnitParameter& parameter : options_.parameters) version += parameter.sharded._version();
+  for (const UnitParameter& parameter : options_.parameters)
+    version += parameter.sharded._version();
   return version;
 }
 
@@ -119,8 +122,8 @@ void Unit::unshard(Scratch& scratch, Stream& stream) {
       if (!was_attached) full_.detach();
       throw;
     }
-    // Writing the buffer moved no version counter of the full parameters. When their values changed, a
-    // graph recorded over the old ones must not run backward silently.
+    // Writing the buffer moved no version counter of the full parameters. When their values
+    // changed, a graph recorded over the old ones must not run backward silently.
     if (gathered_version_.has_value() && gathered_version_ != version) {
       for (const at::Tensor& parameter : full_parameters_) {
         parameter.unsafeGetTensorImpl()->bump_version();
@@ -142,14 +145,15 @@ void Unit::reshard(bool release) {
   if (release) full_.detach();
 }
 
-// The gradient of a trainable parameter as [region_numel] in the reduce dtype: the tensor of autograd
-// itself where its shape and dtype permit, else the next piece of `packed`.
+// The gradient of a trainable parameter as [region_numel] in the reduce dtype: the tensor of
+// autograd itself where its shape and dtype permit, else the next piece of `packed`.
 at::Tensor Unit::gradient_region(int trainable_index, at::Tensor& packed) const {
   const ParameterLayout& parameter = gradient_layout_.parameter(trainable_index);
   const size_t index = static_cast<size_t>(trainable_[static_cast<size_t>(trainable_index)]);
   const at::Tensor& gradient = full_parameters_[index].grad();
   if (gradient.defined() && gradient.is_contiguous() &&
-      gradient.scalar_type() == options_.reduce_dtype && gradient.numel() == parameter.region_numel) {
+      gradient.scalar_type() == options_.reduce_dtype &&
+      gradient.numel() == parameter.region_numel) {
     return gradient.view({-1});
   }
   const at::Tensor region = packed.narrow(0, parameter.region_offset, parameter.region_numel);
@@ -204,7 +208,8 @@ void Unit::reduce(Scratch& scratch, Stream& stream) {
   } else {
     pending_buffer_->add_(own);
   }
-  for (const int index : trainable_) full_parameters_[static_cast<size_t>(index)].mutable_grad().reset();
+  for (const int index : trainable_)
+    full_parameters_[static_cast<size_t>(index)].mutable_grad().reset();
 }
 
 void Unit::synchronize(Stream& stream) {
@@ -265,7 +270,8 @@ bool Unit::has_full_gradient() const {
 }
 
 void Unit::drop_gradients() {
-  for (const int index : trainable_) full_parameters_[static_cast<size_t>(index)].mutable_grad().reset();
+  for (const int index : trainable_)
+    full_parameters_[static_cast<size_t>(index)].mutable_grad().reset();
   pending_buffer_ = nullptr;
   has_hidden_gradient_ = false;
   used_.assign(trainable_.size(), false);

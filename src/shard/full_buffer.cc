@@ -11,14 +11,14 @@ namespace mics {
 
 namespace {
 
-// StorageImpl::throw_on_immutable_data_ptr_ makes every access raise, but torch has no public way to
-// take it back. An explicit instantiation may name a private member, so this is checked at compile
-// time: a torch without the member does not build.
-template <bool c10::StorageImpl::*kMember>
+// StorageImpl::throw_on_immutable_data_ptr_ makes every access raise, but torch has no public way
+// to take it back. An explicit instantiation may name a private member, so this is checked at
+// compile time: a torch without the member does not build.
+template <bool c10::StorageImpl::* kMember>
 struct AccessPrivate {
-  friend bool c10::StorageImpl::*throw_flag() { return kMember; }
+  friend bool c10::StorageImpl::* throw_flag() { return kMember; }
 };
-bool c10::StorageImpl::*throw_flag();
+bool c10::StorageImpl::* throw_flag();
 template struct AccessPrivate<&c10::StorageImpl::throw_on_immutable_data_ptr_>;
 
 }  // namespace
@@ -52,7 +52,8 @@ void FullBuffer::detach() {
   c10::StorageImpl* storage = storage_.unsafeGetStorageImpl();
   storage->set_data_ptr_noswap(at::DataPtr(nullptr, device_));
   storage->release_data_and_set_meta_custom_data_ptr_error_msg_(
-      "full parameters may only be used while their unit is unsharded: got a use of unit \"" + name_ +
+      "full parameters may only be used while their unit is unsharded: got a use of unit \"" +
+      name_ +
       "\" while it is sharded. Use them inside the unit's forward or backward, or call unshard().");
   is_attached_ = false;
 }

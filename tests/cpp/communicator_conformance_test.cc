@@ -1,5 +1,5 @@
-// The promises of communicator.h on the local backend. tests/python/test_communicators.py checks the same
-// promises over Gloo, between processes.
+// The promises of communicator.h on the local backend. tests/python/test_communicators.py checks
+// the same promises over Gloo, between processes.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
@@ -29,7 +29,8 @@ at::Tensor values(int rank, int64_t numel, at::ScalarType dtype) {
   return (at::arange(numel, at::kLong) * 7 + rank * 3).remainder(11).to(dtype);
 }
 
-class Conformance : public ::testing::TestWithParam<std::tuple<int, at::ScalarType, int64_t, bool>> {
+class Conformance
+    : public ::testing::TestWithParam<std::tuple<int, at::ScalarType, int64_t, bool>> {
  protected:
   int size() const { return std::get<0>(GetParam()); }
   at::ScalarType dtype() const { return std::get<1>(GetParam()); }
@@ -89,10 +90,10 @@ TEST_P(Conformance, GroupedOperationsEqualSingleOnes) {
     std::vector<TensorPair> gathers;
     std::vector<TensorPair> reductions;
     for (const int64_t n : {numel(), int64_t{0}, numel() + 3}) {
-      gathers.push_back({at::empty({size() * n}, at::TensorOptions().dtype(dtype())),
-                         values(rank, n, dtype())});
-      reductions.push_back({at::empty({n}, at::TensorOptions().dtype(dtype())),
-                            values(rank, size() * n, dtype())});
+      gathers.push_back(
+          {at::empty({size() * n}, at::TensorOptions().dtype(dtype())), values(rank, n, dtype())});
+      reductions.push_back(
+          {at::empty({n}, at::TensorOptions().dtype(dtype())), values(rank, size() * n, dtype())});
     }
     communicator.all_gather(gathers, stream);
     communicator.reduce_scatter(reductions, stream);
@@ -132,8 +133,8 @@ TEST(Communicator, SumsSeveralMegabytes) {
   });
 }
 
-// 1 + 2^-24 twice: in fp32 and in rank order both small terms are lost; another order, or a wider sum,
-// gives another result.
+// 1 + 2^-24 twice: in fp32 and in rank order both small terms are lost; another order, or a wider
+// sum, gives another result.
 TEST(Communicator, SumsInRankOrderInFp32) {
   const std::vector<float> terms = {1.0F, 0x1p-24F, 0x1p-24F};
   LocalWorld world(3, std::chrono::seconds(60));

@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include "mics/error.h"
+#include "mics/topology.h"
 #include "support/local_hops.h"
 #include "support/multi_rank.h"
 
@@ -28,7 +29,8 @@ struct World {
 };
 
 at::Tensor initial_weight(int layer) {
-  return (at::arange(kWidth * kWidth, at::kFloat).view({kWidth, kWidth}) + layer).remainder(3.0) - 1.0;
+  return (at::arange(kWidth * kWidth, at::kFloat).view({kWidth, kWidth}) + layer).remainder(3.0) -
+         1.0;
 }
 
 at::Tensor batch(int rank, int step) {
@@ -53,10 +55,10 @@ class Model {
     const bool spans = p > shape.ranks_per_node;
     const std::string name = "group" + std::to_string(group);
     const int nodes = spans ? p / shape.ranks_per_node : 1;
-    gather_ = std::make_unique<LocalHops>(world, nodes, p / nodes, shape.hierarchical && spans, rank % p,
-                                          name + "/gather");
-    reduce_ = std::make_unique<LocalHops>(world, nodes, p / nodes, shape.hierarchical && spans, rank % p,
-                                          name + "/reduce");
+    gather_ = std::make_unique<LocalHops>(world, nodes, p / nodes, shape.hierarchical && spans,
+                                          rank % p, name + "/gather");
+    reduce_ = std::make_unique<LocalHops>(world, nodes, p / nodes, shape.hierarchical && spans,
+                                          rank % p, name + "/reduce");
     replicate_ = world.make_communicator(replicas);
     control_ = world.make_communicator(everyone);
     std::vector<std::shared_ptr<Unit>> units;
@@ -145,17 +147,30 @@ void expect_close(const at::Tensor& got, const at::Tensor& expected) {
   ASSERT_LE((got - expected).norm().item<float>(), 5e-7F * expected.norm().item<float>() + 1e-9F);
 }
 
+// Every legal (n, L, p) with n <= 8, flat and, where a partition group spans nodes, hierarchical.
+std::vector<World> all_worlds() {
+  std::vector<World> worlds;
+  for (int n = 1; n <= 8; ++n) {
+    for (int ranks_per_node = 1; ranks_per_node <= n; ++ranks_per_node) {
+      if (n % ranks_per_node != 0) continue;
+      for (const int p : Topology::legal_partition_sizes(n, ranks_per_node)) {
+        worlds.push_back({n / ranks_per_node, ranks_per_node, p, false});
+        if (p > ranks_per_node) worlds.push_back({n / ranks_per_node, ranks_per_node, p, true});
+      }
+    }
+  }
+  return worlds;
+}
+
 class EngineOnWorld : public ::testing::TestWithParam<World> {};
 
-TEST_P(EngineOnWorld, GradientsEqualOneProcess) {
-  const World shape = GetParam();
-  constexpr int kMicroSteps = 3;
-  const std::vector<at::Tensor> expected = reference_gradients(shape.size(), kMicroSteps);
+void expect_gradients_equal_one_process(const World& shape, int num_micro_steps) {
+  const std::vector<at::Tensor> expected = reference_gradients(shape.size(), num_micro_steps);
   LocalWorld world(shape.size(), std::chrono::seconds(60));
   run_ranks(shape.size(), [&](int rank) {
     Model model(world, shape, rank);
-    for (int step = 0; step < kMicroSteps; ++step) {
-      const bool is_last = step == kMicroSteps - 1;
+    for (int step = 0; step < num_micro_steps; ++step) {
+      const bool is_last = step == num_micro_steps - 1;
       for (int layer = 0; layer < kNumLayers; ++layer) {
         model.engine().unit(layer).settings().synchronize_gradients = is_last;
       }
@@ -170,6 +185,14 @@ TEST_P(EngineOnWorld, GradientsEqualOneProcess) {
       ASSERT_FALSE(model.engine().unit(layer).is_unsharded());
     }
   });
+}
+
+TEST_P(EngineOnWorld, GradientsOfOneMicroStepEqualOneProcess) {
+  expect_gradients_equal_one_process(GetParam(), 1);
+}
+
+TEST_P(EngineOnWorld, GradientsOfThreeMicroStepsEqualOneProcess) {
+  expect_gradients_equal_one_process(GetParam(), 3);
 }
 
 TEST_P(EngineOnWorld, ASecondBoundaryAddsToAVisibleGradient) {
@@ -187,11 +210,7 @@ TEST_P(EngineOnWorld, ASecondBoundaryAddsToAVisibleGradient) {
   });
 }
 
-INSTANTIATE_TEST_SUITE_P(Local, EngineOnWorld,
-                         ::testing::Values(World{1, 1, 1, false}, World{1, 4, 2, false},
-                                           World{2, 2, 4, true}, World{2, 2, 4, false},
-                                           World{2, 2, 2, true}, World{4, 2, 4, true},
-                                           World{1, 3, 3, false}, World{2, 1, 1, false}),
+INSTANTIATE_TEST_SUITE_P(Local, EngineOnWorld, ::testing::ValuesIn(all_worlds()),
                          [](const auto& info) {
                            return std::to_string(info.param.num_nodes) + "x" +
                                   std::to_string(info.param.ranks_per_node) + "_p" +

@@ -114,9 +114,10 @@ TEST(Topology, RefusesEveryIllegalSizeUpTo64AndListsTheLegalOnes) {
     }
   }
   const std::string text = message_of([] { Topology({regular_nodes(12, 4), 8}); });
-  EXPECT_EQ(text,
-            "partition_size must divide world_size: got partition_size=8, world_size=12. Use 1, 2, 4 or "
-            "12.");
+  EXPECT_EQ(
+      text,
+      "partition_size must divide world_size: got partition_size=8, world_size=12. Use 1, 2, 4 or "
+      "12.");
   const std::string nodes = message_of([] { Topology({regular_nodes(12, 4), 6}); });
   EXPECT_NE(nodes.find("must divide the ranks per node or be a multiple of it"), std::string::npos);
   EXPECT_NE(nodes.find("Use 1, 2, 4 or 12."), std::string::npos);

@@ -16,7 +16,8 @@ using testing::run_ranks;
 
 // Uneven rows, fewer rows than ranks, no rows, an odd row length.
 const std::vector<ParameterShape>& shapes() {
-  static const std::vector<ParameterShape> kShapes = {{{13, 3}}, {{2, 5}}, {{0, 4}}, {{7}}, {{16, 2}}};
+  static const std::vector<ParameterShape> kShapes = {
+      {{13, 3}}, {{2, 5}}, {{0, 4}}, {{7}}, {{16, 2}}};
   return kShapes;
 }
 
@@ -36,8 +37,8 @@ class UnitCollectives : public ::testing::TestWithParam<Case> {
   void on_ranks(const std::function<void(int, LocalHops&, Stream&)>& body) const {
     LocalWorld world(partition_size(), std::chrono::seconds(60));
     run_ranks(partition_size(), [&](int rank) {
-      LocalHops hops(world, GetParam().num_nodes, GetParam().ranks_per_node, GetParam().hierarchical,
-                     rank, "test");
+      LocalHops hops(world, GetParam().num_nodes, GetParam().ranks_per_node,
+                     GetParam().hierarchical, rank, "test");
       const auto stream = make_inline_stream();
       body(rank, hops, *stream);
     });
@@ -147,16 +148,16 @@ TEST_P(UnitCollectives, BytesEqualTheFormulas) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Local, UnitCollectives,
-    ::testing::Values(Case{1, 1, true}, Case{1, 2, true}, Case{1, 5, false}, Case{2, 1, true},
-                      Case{2, 2, true}, Case{2, 2, false}, Case{2, 4, true}, Case{4, 2, true},
-                      Case{4, 2, false}, Case{3, 2, true}, Case{2, 3, true}, Case{8, 1, true}),
-    [](const auto& info) {
-      return std::to_string(info.param.num_nodes) + "nodes_" +
-             std::to_string(info.param.ranks_per_node) + "ranks_" +
-             (info.param.hierarchical ? "hierarchical" : "flat");
-    });
+INSTANTIATE_TEST_SUITE_P(Local, UnitCollectives,
+                         ::testing::Values(Case{1, 1, true}, Case{1, 2, true}, Case{1, 5, false},
+                                           Case{2, 1, true}, Case{2, 2, true}, Case{2, 2, false},
+                                           Case{2, 4, true}, Case{4, 2, true}, Case{4, 2, false},
+                                           Case{3, 2, true}, Case{2, 3, true}, Case{8, 1, true}),
+                         [](const auto& info) {
+                           return std::to_string(info.param.num_nodes) + "nodes_" +
+                                  std::to_string(info.param.ranks_per_node) + "ranks_" +
+                                  (info.param.hierarchical ? "hierarchical" : "flat");
+                         });
 
 }  // namespace
 }  // namespace mics

@@ -13,10 +13,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
+from support.ranks import run_outcomes, run_ranks
+
 import torch_mics  # noqa: F401  (checks the build before _C is loaded)
 from torch_mics import _C
-
-from support.ranks import run_outcomes, run_ranks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NUMELS = (1, 5, 4097)
@@ -194,7 +194,10 @@ def bytes_on_wire(rank: int, size: int) -> tuple[int, int]:
     for _ in range(4):
         comm.reduce_scatter([torch.empty(LARGE_NUMEL)], [whole])
     comm.barrier()
-    return loopback_nbytes() - before, comm.traffic.sent_intra_nbytes + comm.traffic.sent_inter_nbytes
+    return (
+        loopback_nbytes() - before,
+        comm.traffic.sent_intra_nbytes + comm.traffic.sent_inter_nbytes,
+    )
 
 
 def loopback_nbytes() -> int:

@@ -6,13 +6,12 @@ Functions that run on the ranks begin with an underscore; the tests say what mus
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from support.models import Block, TinyGPT, batch, loss, make_gpt
 from support.ranks import Outcome, run_outcomes, run_ranks
 from torch import nn
@@ -1020,10 +1019,3 @@ def test_different_calls_on_different_ranks_end_within_seconds():
         assert outcome.error_type is not None
         assert "the state dict to load" in str(outcome.error_text)
         assert "the sharded model" in str(outcome.error_text)
-
-
-@pytest.fixture(autouse=True)
-def alone() -> Iterator[None]:
-    assert not dist.is_initialized()
-    yield
-    assert not dist.is_initialized()

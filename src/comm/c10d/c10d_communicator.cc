@@ -2,10 +2,10 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 #include <functional>
 #include <string>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 
 #include "mics/check.h"
@@ -30,13 +30,15 @@ class C10dCommunicator final : public Communicator {
  public:
   C10dCommunicator(GroupInfo group, c10::intrusive_ptr<c10d::ProcessGroup> process_group,
                    std::chrono::milliseconds timeout)
-      : Communicator(std::move(group)), process_group_(std::move(process_group)), timeout_(timeout) {
+      : Communicator(std::move(group)),
+        process_group_(std::move(process_group)),
+        timeout_(timeout) {
     const int size = process_group_->getSize();
     const int rank = process_group_->getRank();
     MICS_CHECK(size == this->group().size() && rank == this->group().rank,
-               "the process group must have the members of the group: got size=", size, ", rank=", rank,
-               ", expected size=", this->group().size(), ", rank=", this->group().rank, " (",
-               this->group().name, ").");
+               "the process group must have the members of the group: got size=", size,
+               ", rank=", rank, ", expected size=", this->group().size(),
+               ", rank=", this->group().rank, " (", this->group().name, ").");
   }
 
   void barrier() override {
@@ -103,7 +105,8 @@ class C10dCommunicator final : public Communicator {
     const at::Tensor sum = at::empty({piece}, tensor.options());
     reduce_rows(sum, whole);
     gather_bytes(whole, sum);
-    if (whole.numel() != tensor.numel()) tensor.view({-1}).copy_(whole.narrow(0, 0, tensor.numel()));
+    if (whole.numel() != tensor.numel())
+      tensor.view({-1}).copy_(whole.narrow(0, 0, tensor.numel()));
   }
 
  private:
@@ -140,9 +143,10 @@ class C10dCommunicator final : public Communicator {
       const std::string reason = error.what();
       const std::string message = detail::concatenate(
           op, " failed: operation ", traffic().calls, " of group ", group().name, " [world ranks ",
-          describe_members(), "] (world_rank=",
-          group().world_ranks[static_cast<size_t>(group().rank)],
-          "). A member has ended or issues other collectives; see docs/errors.md#comm. Reason: ", reason);
+          describe_members(),
+          "] (world_rank=", group().world_ranks[static_cast<size_t>(group().rank)],
+          "). A member has ended or issues other collectives; see docs/errors.md#comm. Reason: ",
+          reason);
       const bool is_timeout = reason.find("imed out") != std::string::npos;
       if (is_timeout) throw TimeoutError(message);
       throw CommError(message);

@@ -43,13 +43,15 @@ class LocalMeetingPoint {
     all_arrived_.notify_all();
     if (is_done) throw CommError("a member of " + group.name + " left after an error.");
     throw TimeoutError(detail::concatenate(
-        "every member of a group must issue the same collectives: got ", num_arrived_, " of ", size_,
-        " members within ", timeout_.count(), " ms (group ", group.name, ", world_rank=",
+        "every member of a group must issue the same collectives: got ", num_arrived_, " of ",
+        size_, " members within ", timeout_.count(), " ms (group ", group.name, ", world_rank=",
         group.world_ranks[static_cast<size_t>(group.rank)], "). See docs/errors.md#timeouts."));
   }
 
   // Valid between show() and the meet() that ends the operation.
-  const std::vector<TensorPair>& pairs_of(int rank) const { return *pairs_[static_cast<size_t>(rank)]; }
+  const std::vector<TensorPair>& pairs_of(int rank) const {
+    return *pairs_[static_cast<size_t>(rank)];
+  }
 
  private:
   const int size_;
@@ -154,7 +156,8 @@ class LocalCommunicator final : public Communicator {
 
 LocalWorld::LocalWorld(int world_size, std::chrono::milliseconds timeout)
     : world_size_(world_size), timeout_(timeout) {
-  MICS_CHECK(world_size >= 1, "a world must have at least one rank: got world_size=", world_size, ".");
+  MICS_CHECK(world_size >= 1, "a world must have at least one rank: got world_size=", world_size,
+             ".");
 }
 
 LocalWorld::~LocalWorld() = default;
@@ -163,8 +166,9 @@ std::unique_ptr<Communicator> LocalWorld::make_communicator(GroupInfo group) {
   std::ostringstream key;
   key << group.name;
   for (const int rank : group.world_ranks) {
-    MICS_CHECK(rank >= 0 && rank < world_size_, "members must be ranks of the world: got world_rank=",
-               rank, ", world_size=", world_size_, " (", group.name, ").");
+    MICS_CHECK(rank >= 0 && rank < world_size_,
+               "members must be ranks of the world: got world_rank=", rank,
+               ", world_size=", world_size_, " (", group.name, ").");
     key << " " << rank;
   }
   std::shared_ptr<LocalMeetingPoint> meeting_point;

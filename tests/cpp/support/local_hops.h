@@ -10,7 +10,8 @@
 
 namespace mics::testing {
 
-// Ranks of node m are m * L .. m * L + L - 1. `hierarchical`: rail and intra, else one group of N * L.
+// Ranks of node m are m * L .. m * L + L - 1. `hierarchical`: rail and intra, else one group of N *
+// L.
 class LocalHops {
  public:
   LocalHops(LocalWorld& world, int num_nodes, int ranks_per_node, bool hierarchical, int rank,

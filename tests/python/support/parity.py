@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch_mics as mics
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+import torch_mics as mics
 from support.models import batch, loss, make_gpt
 
 STEPS = 6
@@ -84,7 +84,9 @@ def train_alone(task: Task) -> Reference:
             torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
-    return Reference(trajectory, gradients, {n: p.detach().clone() for n, p in model.named_parameters()})
+    return Reference(
+        trajectory, gradients, {n: p.detach().clone() for n, p in model.named_parameters()}
+    )
 
 
 def own_rows(parameter: torch.Tensor, full: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,9 +130,7 @@ def run_step(rank: int, model: nn.Module, task: Task, step: int) -> None:
             (loss(model, batch(step, micro_step, rank)) / task.micro_steps).backward()
 
 
-def train_sharded(
-    rank: int, case: Case, reference: Reference, meshes: Meshes
-) -> dict[str, Any]:
+def train_sharded(rank: int, case: Case, reference: Reference, meshes: Meshes) -> dict[str, Any]:
     """Trains on this rank; returns squared errors, and a digest of its gradients.
 
     Gradients are compared at the reference's own parameters, so that what is seen is the error of the

@@ -149,7 +149,9 @@ def run_outcomes(
     return outcomes
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, **options: Any
+) -> list[Any]:
     """As run_outcomes, but gives the values and raises RankFailure if a rank raised."""
     outcomes = run_outcomes(world_size, function, *args, **options)
     failed = [(rank, o) for rank, o in enumerate(outcomes) if o.error_type is not None]
