@@ -5,13 +5,14 @@
 //   full      [full_numel], parameter dtype  while unsharded; full parameters are views
 //   pending   [Sg], accumulation dtype       gradient shard, summed over the partition group and
 //                                            over micro-steps, not yet over the replication group
+//   hidden    [Sg], accumulation dtype       synchronised in a backward that has not ended
 //   gradient  [Sg], the shard's dtype        synchronised; `.grad` of sharded parameters are views
-// Sg is the shard length of the trainable parameters alone. Pending and gradient are one buffer
-// unless a synchronised gradient is to be kept or the dtypes differ.
+// Sg is the shard length of the trainable parameters alone. Pending and hidden take the memory of
+// gradient where no `.grad` uses it and the dtypes agree, so that nothing is copied.
 //
-//   reduce() every micro-step      full gradients -> hop 1 -> pending
-//   synchronize() at the boundary  pending -> hop 2 over replicas -> times factor -> gradient
-//   expose() after it              gradient -> `.grad`
+//   reduce() every micro-step      full gradients -> hop 1 -> added to pending
+//   synchronize() at the boundary  pending -> hop 2 over replicas -> times factor -> hidden
+//   expose() when backward ends    hidden -> joined to `.grad`
 //
 // A part that was synchronised is never reduced again: what comes later is added apart and joined
 // at its own boundary.
@@ -120,18 +121,19 @@ class Unit {
   // Takes the full parameters' gradients, reduces them inside the partition group and adds them to
   // pending. Parameters without a gradient on this rank count as zeros.
   void reduce(Scratch& scratch, Stream& stream);
-  // Sums pending over the replication group, scales, and joins it to the gradient.
+  // Sums pending over the replication group and scales it. `.grad` is not touched: a backward that
+  // fails later leaves it as it was.
   void synchronize(Stream& stream);
-  // Sets `.grad` of each trainable parameter i with `is_used[i]` to its part of the gradient. The
-  // others had no gradient on any rank and keep what they have.
+  // Adds what synchronize() gave to `.grad` of each trainable parameter i with `is_used[i]`, or
+  // sets it. The others had no gradient on any rank and keep what they have.
   void expose(const std::vector<bool>& is_used);
 
   // 1 for each trainable parameter that had a gradient on this rank since the last expose().
   [[nodiscard]] const std::vector<bool>& used() const { return used_; }
   // reduce() has run since the last synchronize().
-  [[nodiscard]] bool has_pending() const { return pending_buffer_ != nullptr; }
+  [[nodiscard]] bool has_pending() const { return pending_.defined(); }
   // synchronize() has run since the last expose().
-  [[nodiscard]] bool has_hidden_gradient() const { return has_hidden_gradient_; }
+  [[nodiscard]] bool has_hidden_gradient() const { return hidden_.defined(); }
   // A full gradient waits for a reduce().
   [[nodiscard]] bool has_full_gradient() const;
 
@@ -149,7 +151,7 @@ class Unit {
   [[nodiscard]] int64_t shard_version() const;
   [[nodiscard]] at::Tensor gradient_region(int trainable_index, at::Tensor& packed) const;
   [[nodiscard]] bool has_visible_gradient() const;
-  void join_pending_to_gradient(const at::Tensor& pending);
+  [[nodiscard]] at::Tensor free_accumulation_buffer();
 
   // Constant after construction.
   UnitOptions options_;
@@ -166,10 +168,9 @@ class Unit {
   bool module_holds_full_ = false;
   std::optional<int64_t> gathered_version_;  // shard_version() at the last gather
 
-  at::Tensor separate_pending_;  // allocated when first needed
-  at::Tensor* pending_buffer_ =
-      nullptr;  // options_.gradient or separate_pending_; null: nothing pending
-  bool has_hidden_gradient_ = false;
+  at::Tensor separate_;  // memory for pending or hidden beside the gradient; made when first needed
+  at::Tensor pending_;   // options_.gradient, separate_ or a tensor of its own; undefined: nothing
+  at::Tensor hidden_;    // likewise, never the same as pending_
   std::vector<bool> used_;
 };
 

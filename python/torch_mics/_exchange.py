@@ -32,8 +32,8 @@ def exchange(topic: str, value: str) -> list[str]:
     store = dist.PrefixStore("torch_mics", c10d._get_default_store())
     # Ranks call in the same order, so the number of the call is the same on all.
     call = store.add(f"calls/{rank}", 1)
-    keys = [f"{call}/{topic}/{other}" for other in range(world_size)]
-    store.set(keys[rank], value)
+    keys = [f"{call}/{other}" for other in range(world_size)]
+    store.set(keys[rank], json.dumps([topic, value]))
     try:
         store.wait(keys, _TIMEOUT)
     except Exception as error:
@@ -43,7 +43,15 @@ def exchange(topic: str, value: str) -> list[str]:
             f"{missing} within {_TIMEOUT.total_seconds():.0f} s (world_rank={rank}). They have ended, "
             "or make other calls of torch_mics; see docs/errors.md#timeouts."
         ) from error
-    return [store.get(key).decode() for key in keys]
+    answers = [json.loads(store.get(key).decode()) for key in keys]
+    for other, (other_topic, _) in enumerate(answers):
+        if other_topic != answers[0][0]:
+            raise ValueError(
+                "the calls of torch_mics must be the same on every rank: got an agreement on "
+                f"{answers[0][0]} on world_rank 0 and on {other_topic} on world_rank {other}. Build and "
+                "run the model with the same code and arguments on every rank."
+            )
+    return [answer for _, answer in answers]
 
 
 def _first_difference(mine: Any, other: Any, path: str = "") -> tuple[str, Any, Any] | None:

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from torch_mics._context import units_of
+from torch_mics._exchange import exchange
 from torch_mics._training import check_sharded
 
 
@@ -41,9 +42,16 @@ def full_state_dict(
     if not rank0_only and cpu_offload and dist.get_world_size() > 1:
         # torch leaves the other ranks empty when it offloads.
         options = StateDictOptions(full_state_dict=True)
-        gathered = get_model_state_dict(model, options=options)
-        return {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in gathered.items()}
-    return dict(state)
+        state = get_model_state_dict(model, options=options)
+        state = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+    # With one rank in the partition group a gathered tensor is the shard itself.
+    shards = {unit.shard.untyped_storage().data_ptr() for unit in units_of(model)}
+    return {
+        name: value.clone()
+        if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in shards
+        else value
+        for name, value in state.items()
+    }
 
 
 def load_full_state_dict(
@@ -74,8 +82,6 @@ def load_full_state_dict(
 
 
 def _check_fits(model: nn.Module, state: dict[str, Any], *, broadcast: bool, strict: bool) -> None:
-    from torch_mics._exchange import exchange
-
     problem = describe_misfit(
         {name: tuple(value.shape) for name, value in model.state_dict().items()},
         {name: tuple(value.shape) for name, value in state.items() if hasattr(value, "shape")},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any
 
 import torch
@@ -35,11 +36,13 @@ def _units_of(optimizer: torch.optim.Optimizer) -> list[ShardedUnit]:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     cached = optimizer.__dict__.get("_mics_units")
     if cached is not None and cached[0] == len(parameters):
-        units: list[ShardedUnit] = cached[1]
-        return units
-    units = _check_parameters(parameters)
-    optimizer.__dict__["_mics_units"] = (len(parameters), units)
-    return units
+        units = (reference() for reference in cached[1])
+        return [unit for unit in units if unit is not None]
+    found = _check_parameters(parameters)
+    if found:  # an optimizer without units may get stale by a later sharding
+        references = [weakref.ref(unit) for unit in found]
+        optimizer.__dict__["_mics_units"] = (len(parameters), references)
+    return found
 
 
 def _check_parameters(parameters: list[torch.Tensor]) -> list[ShardedUnit]:
@@ -51,7 +54,8 @@ def _check_parameters(parameters: list[torch.Tensor]) -> list[ShardedUnit]:
                 "an optimizer must be made after sharding: got one that holds the unsharded parameter "
                 f'"{replaced}". Make the optimizer after shard_model() or fully_shard().'
             )
-        unit = getattr(parameter, "_mics_unit", None)
+        reference = getattr(parameter, "_mics_unit", None)
+        unit = None if reference is None else reference()
         if unit is not None:
             units.setdefault(id(unit), unit)
     if units:

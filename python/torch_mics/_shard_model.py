@@ -94,7 +94,7 @@ def find_units(model: nn.Module, units: Units = "auto") -> list[list[nn.Module]]
         chosen = [m for m in model.modules() if units(m)]
     else:
         raise TypeError(
-            '`units` must be "auto", a set of classes, a predicate, an int or a list: got '
+            'units must be "auto", a set of classes, a predicate, an int or a list: got '
             f"{type(units).__name__}."
         )
     chosen = [module for module in chosen if module is not model]

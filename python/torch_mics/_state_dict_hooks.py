@@ -25,8 +25,21 @@ def _register_sharded(module: nn.Module, *args: Any) -> None:
         unit.context.engine.reshard(unit.index)
 
 
-def _before_load(module: nn.Module, *args: Any) -> None:
+def _before_load(
+    module: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    *args: Any,
+) -> None:
+    """Refuses what assign=True cannot take, before anything is assigned."""
     _register_sharded(module)
+    if not local_metadata.get("assign_to_params_buffers", False):
+        return
+    for name, parameter in module.named_parameters():
+        assigned = state_dict.get(f"{prefix}{name}")
+        if isinstance(parameter, DTensor) and assigned is not None:
+            _check_assigned(name, parameter, assigned)
 
 
 def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
@@ -40,8 +53,6 @@ def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
                 replaced.append((parameter, held))
     if not replaced:
         return
-    for parameter, present in replaced:
-        _check_assigned(parameter, present)
     if unit.shard.is_meta:
         unit.release_handle()
         for parameter, present in replaced:
@@ -64,19 +75,17 @@ def _restore(unit: ShardedUnit) -> None:
             place.module._parameters[place.name] = parameter.sharded
 
 
-def _check_assigned(parameter: Parameter, present: torch.Tensor) -> None:
-    mine = parameter.sharded
-    assert isinstance(mine, DTensor)
+def _check_assigned(name: str, mine: DTensor, assigned: torch.Tensor) -> None:
     if (
-        isinstance(present, DTensor)
-        and present.shape == mine.shape
-        and present.placements == mine.placements
-        and present.device_mesh == mine.device_mesh
+        isinstance(assigned, DTensor)
+        and assigned.shape == mine.shape
+        and assigned.placements == mine.placements
+        and assigned.device_mesh == mine.device_mesh
     ):
         return
-    kind = type(present).__name__
+    kind = type(assigned).__name__
     raise ValueError(
         "load_state_dict(assign=True) must bring DTensors of the same shape and placements: got "
-        f'{kind} {tuple(present.shape)} for "{parameter.name}". Use assign=False, or '
+        f'{kind} {tuple(assigned.shape)} for "{name}". Use assign=False, or '
         "load_full_state_dict()."
     )

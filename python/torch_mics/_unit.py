@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -178,9 +179,13 @@ class ShardedUnit:
         self.mark_parameters()
 
     def mark_parameters(self) -> None:
-        """Lets an optimizer's parameters be traced back to their unit."""
+        """Lets an optimizer's parameters be traced back to their unit.
+
+        By a weak reference: the unit holds its parameters through the C++ core, where the garbage
+        collector sees no cycle.
+        """
         for parameter in self.parameters:
-            parameter.sharded._mics_unit = self  # type: ignore[attr-defined]
+            parameter.sharded._mics_unit = weakref.ref(self)  # type: ignore[attr-defined]
 
     def repack(self) -> None:
         """Moves the local tensors, wherever they are now, into one new shard, and binds them to it.

@@ -34,7 +34,8 @@ class TrainState(Stateful):
     Args:
         model: the sharded root module.
         optimizer: made after sharding.
-        extras: schedulers, samplers, counters: objects with state_dict() and load_state_dict().
+        extras: schedulers, counters: objects with state_dict() and load_state_dict(). What is not a
+            tensor must be the same on every rank: rank 0's is written.
     """
 
     def __init__(

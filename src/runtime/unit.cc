@@ -194,67 +194,74 @@ void Unit::reduce(Scratch& scratch, Stream& stream) {
   if (gradient_layout_.payload_numel() != gradient_layout_.shard_numel()) block.zero_();
   const at::Tensor own = reduce_unit(gradient_layout_, regions, block, hops, stream);
 
-  const at::ScalarType accumulation = accumulation_dtype(options_.reduce_dtype);
-  if (pending_buffer_ == nullptr) {
-    const bool may_use_gradient = accumulation == options_.gradient.scalar_type() &&
-                                  !has_hidden_gradient_ && !has_visible_gradient();
-    if (!may_use_gradient && !separate_pending_.defined()) {
-      separate_pending_ =
-          at::zeros_like(options_.gradient, options_.gradient.options().dtype(accumulation));
-    }
-    at::Tensor& buffer = may_use_gradient ? options_.gradient : separate_pending_;
-    buffer.copy_(own);
-    pending_buffer_ = &buffer;
+  if (pending_.defined()) {
+    pending_.add_(own);
   } else {
-    pending_buffer_->add_(own);
+    pending_ = free_accumulation_buffer();
+    pending_.copy_(own);
   }
   for (const int index : trainable_)
     full_parameters_[static_cast<size_t>(index)].mutable_grad().reset();
 }
 
-void Unit::synchronize(Stream& stream) {
-  if (pending_buffer_ == nullptr) return;
-  const c10::NoGradGuard no_grad;
-  at::Tensor& pending = *pending_buffer_;
-  if (communicators_.replicate != nullptr) communicators_.replicate->all_reduce(pending, stream);
-  if (settings_.gradient_factor != 1.0) pending.mul_(settings_.gradient_factor);
-  if (hook_) hook_(pending);
-  if (pending_buffer_ != &options_.gradient) join_pending_to_gradient(pending);
-  pending_buffer_ = nullptr;
-  has_hidden_gradient_ = true;
+// Memory that neither a visible gradient nor hidden_ uses.
+at::Tensor Unit::free_accumulation_buffer() {
+  const at::ScalarType dtype = accumulation_dtype(options_.reduce_dtype);
+  const at::Tensor& gradient = options_.gradient;
+  if (gradient.scalar_type() == dtype && !hidden_.is_same(gradient) && !has_visible_gradient()) {
+    return gradient;
+  }
+  // Gradients that came after the unit's reduction, beside a visible one: rare, and freed after
+  // use.
+  if (separate_.defined() && hidden_.is_same(separate_)) return at::zeros_like(separate_);
+  if (!separate_.defined()) separate_ = at::zeros_like(gradient, gradient.options().dtype(dtype));
+  return separate_;
 }
 
-void Unit::join_pending_to_gradient(const at::Tensor& pending) {
-  for (int i = 0; i < num_trainable(); ++i) {
-    const UnitParameter& parameter =
-        options_.parameters[static_cast<size_t>(trainable_[static_cast<size_t>(i)])];
-    const ParameterLayout& place = gradient_layout_.parameter(i);
-    const at::Tensor own = chunk_of(options_.gradient, place);
-    const at::Tensor& visible = parameter.sharded.grad();
-    if (visible.defined() && !visible.is_same(parameter.gradient)) {
-      // The user put a gradient of their own there: bring its values home.
-      at::Tensor home = parameter.gradient;
-      home.copy_(visible);
-    }
-    if (visible.defined() || has_hidden_gradient_) {
-      own.add_(chunk_of(pending, place));
-    } else {
-      own.copy_(chunk_of(pending, place));
-    }
+void Unit::synchronize(Stream& stream) {
+  if (!pending_.defined()) return;
+  const c10::NoGradGuard no_grad;
+  if (communicators_.replicate != nullptr) communicators_.replicate->all_reduce(pending_, stream);
+  if (settings_.gradient_factor != 1.0) pending_.mul_(settings_.gradient_factor);
+  if (hook_) hook_(pending_);
+  if (hidden_.defined()) {
+    hidden_.add_(pending_);
+  } else {
+    hidden_ = pending_;
   }
+  pending_.reset();
 }
 
 void Unit::expose(const std::vector<bool>& is_used) {
   MICS_INTERNAL_CHECK(is_used.size() == trainable_.size(), "unit \"", name(), "\" has ",
                       trainable_.size(), " trainable parameters, not ", is_used.size(), ".");
-  if (!has_hidden_gradient_) return;
-  for (size_t i = 0; i < trainable_.size(); ++i) {
-    if (!is_used[i]) continue;
-    const UnitParameter& parameter = options_.parameters[static_cast<size_t>(trainable_[i])];
-    parameter.sharded.mutable_grad() = parameter.gradient;
+  if (!hidden_.defined()) return;
+  const c10::NoGradGuard no_grad;
+  const bool is_home = hidden_.is_same(options_.gradient);
+  for (int i = 0; i < num_trainable(); ++i) {
+    if (!is_used[static_cast<size_t>(i)]) continue;
+    const UnitParameter& parameter =
+        options_.parameters[static_cast<size_t>(trainable_[static_cast<size_t>(i)])];
+    at::Tensor home = parameter.gradient;
+    const at::Tensor& visible = parameter.sharded.grad();
+    // What the user put there instead of our gradient is part of the sum.
+    const bool is_foreign = visible.defined() && !visible.is_same(home);
+    if (is_home) {
+      if (is_foreign) home.add_(visible);
+    } else {
+      const ParameterLayout& place = gradient_layout_.parameter(i);
+      const at::Tensor own = chunk_of(options_.gradient, place);
+      if (is_foreign) home.copy_(visible);
+      if (visible.defined()) {
+        own.add_(chunk_of(hidden_, place));
+      } else {
+        own.copy_(chunk_of(hidden_, place));
+      }
+    }
+    parameter.sharded.mutable_grad() = home;
   }
   used_.assign(trainable_.size(), false);
-  has_hidden_gradient_ = false;
+  hidden_.reset();
 }
 
 bool Unit::has_visible_gradient() const {
@@ -272,8 +279,8 @@ bool Unit::has_full_gradient() const {
 void Unit::drop_gradients() {
   for (const int index : trainable_)
     full_parameters_[static_cast<size_t>(index)].mutable_grad().reset();
-  pending_buffer_ = nullptr;
-  has_hidden_gradient_ = false;
+  pending_.reset();
+  hidden_.reset();
   used_.assign(trainable_.size(), false);
 }
 
