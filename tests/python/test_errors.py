@@ -323,7 +323,7 @@ def test_replicas_with_different_values_name_the_unit_and_both_ranks():
 
 
 def _replicas_that_differ_in_few_bits(rank: int, case: str) -> None:
-    model = make_gpt(blocks=1)
+    model = make_gpt(blocks=2)
     weight = model.blocks[0].up.weight
     with torch.no_grad():
         if case == "tiny":
