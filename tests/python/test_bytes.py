@@ -6,11 +6,11 @@ import pathlib
 import sys
 
 import pytest
+from support.ranks import run_ranks
+
 import torch_mics as mics
 from torch_mics import _C
 from torch_mics._context import units_of
-
-from support.ranks import run_ranks
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 WORLD_SIZE, RANKS_PER_NODE, MICRO_STEPS = 4, 2, 2
