@@ -68,15 +68,23 @@ def _pre_forward(
     if policy.cast_forward_inputs and policy.param_dtype is not None:
         args = cast_floating(args, policy.param_dtype)
         kwargs = cast_floating(kwargs, policy.param_dtype)
-    if len(unit.modules) > 1 and not context.engine.is_in_backward:
+    if _is_recomputation():
+        context.engine.pre_forward(unit.index)
+        return args, kwargs
+    if len(unit.modules) > 1:
         if unit.modules_to_run:
             return args, kwargs  # a later module of a group that is open
         unit.modules_to_run = set(unit.modules)
     context.engine.pre_forward(unit.index)
     for ahead in unit.forward_prefetch:
-        if not context.engine.is_in_backward and ahead.context is context:
+        if ahead.context is context:
             context.engine.unshard(ahead.index)
     return args, kwargs
+
+
+def _is_recomputation() -> bool:
+    """Whether this forward runs inside a backward: activation checkpointing."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _post_forward(module: nn.Module, args: Any, output: Any) -> Any:
@@ -90,14 +98,15 @@ def _post_forward(module: nn.Module, args: Any, output: Any) -> Any:
             output = cast_floating(output, unit.policy.output_dtype)
         if torch.is_grad_enabled():
             context.engine.watch_outputs(unit.index, find_tensors(output))
-    if len(unit.modules) > 1 and not context.engine.is_in_backward:
-        unit.modules_to_run.discard(module)
-        if failed:
-            unit.modules_to_run.clear()
-        if unit.modules_to_run:
-            return output
-    if unit is context.root_unit and not context.engine.is_in_backward:
-        _close_open_groups(context)
+    if not _is_recomputation():
+        if len(unit.modules) > 1:
+            unit.modules_to_run.discard(module)
+            if failed:
+                unit.modules_to_run.clear()
+            if unit.modules_to_run:
+                return output
+        if unit is context.root_unit:
+            _close_open_groups(context)
     context.engine.post_forward(unit.index, failed=failed)
     return output
 
