@@ -58,8 +58,6 @@ class Engine : public std::enable_shared_from_this<Engine> {
   [[nodiscard]] std::vector<std::string> unfinished_units() const;
   // False when a parameter was frozen or unfrozen since its unit was made.
   [[nodiscard]] bool matches_requires_grad() const;
-  // True inside a backward that reached a watched output.
-  [[nodiscard]] bool is_in_backward() const { return !backward_alive_.expired(); }
 
   // Drops everything in flight on this rank: open forwards, tapes, full parameters, pending
   // gradients. Shards, `.grad` and optimizer states stay. To be called on all ranks.

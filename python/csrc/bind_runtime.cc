@@ -56,8 +56,7 @@ void bind_runtime(py::module_& module) {
       .def(py::init<>())
       .def("add", &ParameterExchange::add, py::arg("parameters"), py::arg("key"), py::kw_only(),
            py::arg("sharded"), py::arg("full"), py::arg("name"))
-      .def("apply", &ParameterExchange::apply, py::arg("full"))
-      .def("replaced", &ParameterExchange::replaced);
+      .def("apply", &ParameterExchange::apply, py::arg("full"));
 
   py::class_<UnitParameter>(module, "UnitParameter")
       .def(py::init([](std::string name, std::vector<int64_t> sizes, at::Tensor sharded,
@@ -118,7 +117,6 @@ void bind_runtime(py::module_& module) {
       .def("set_manual_finalization", &Engine::set_manual_finalization)
       .def("unfinished_units", &Engine::unfinished_units)
       .def("matches_requires_grad", &Engine::matches_requires_grad)
-      .def_property_readonly("is_in_backward", &Engine::is_in_backward)
       .def("reset", &Engine::reset, Release());
 }
 

@@ -34,13 +34,4 @@ void ParameterExchange::apply(bool full) {
   }
 }
 
-std::vector<std::string> ParameterExchange::replaced() const {
-  std::vector<std::string> names;
-  for (const Place& place : places_) {
-    const PyObject* present = PyDict_GetItemWithError(place.parameters.ptr(), place.key.ptr());
-    if (present != place.sharded.ptr() && present != place.full.ptr()) names.push_back(place.name);
-  }
-  return names;
-}
-
 }  // namespace mics

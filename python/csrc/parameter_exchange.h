@@ -25,8 +25,6 @@ class ParameterExchange {
            pybind11::object full, std::string name);
   // Takes the GIL. Throws InvalidArgument when a place holds neither tensor: somebody replaced it.
   void apply(bool full);
-  // Names of parameters whose place holds something else than the sharded tensor. With the GIL.
-  [[nodiscard]] std::vector<std::string> replaced() const;
 
  private:
   struct Place {
