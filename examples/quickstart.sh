@@ -20,7 +20,7 @@ on_four_ranks() {
 }
 
 train() {
-  on_four_ranks examples/train_gpt.py --accumulation-steps 4 "$@"
+  on_four_ranks examples/train_gpt.py --accumulation-steps 4 --batch-size 2 "$@"
 }
 
 step "Python environment"
@@ -31,10 +31,10 @@ ensure_build_tools
 build_package
 
 step "Train: each copy of the model states over two nodes (partition size 4)"
-train --shard-size 4 --hierarchical-gather true --steps 60 --output-dir runs/quickstart/p4
+train --shard-size 4 --hierarchical-gather true --steps 50 --output-dir runs/quickstart/p4
 
 step "Go on from its checkpoint: each copy inside one node (partition size 2)"
-train --shard-size 2 --resume runs/quickstart/p4/checkpoints/latest --steps 90 \
+train --shard-size 2 --resume runs/quickstart/p4/checkpoints/latest --steps 75 \
   --output-dir runs/quickstart/p2 --sample 200
 
 step "Bytes that cross nodes in a step, beside FSDP2"
