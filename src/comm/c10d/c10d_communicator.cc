@@ -26,6 +26,31 @@ int64_t total_numel(const std::vector<TensorPair>& pairs, TensorMember member) {
 // The bytes of a contiguous tensor: transport needs no dtype, and Gloo knows only some.
 at::Tensor as_bytes(const at::Tensor& tensor) { return tensor.flatten().view(at::kByte); }
 
+// torch 2.15 renames both operations and deprecates the names that 2.11 has. Templates, so that
+// only the name that exists is compiled.
+template <typename Group>
+c10::intrusive_ptr<c10d::Work> start_all_gather(Group& group, at::Tensor& output, at::Tensor& input,
+                                                const c10d::AllgatherOptions& options) {
+  if constexpr (requires { group.all_gather_single(output, input, options); }) {
+    return group.all_gather_single(output, input, options);
+  } else {
+    return group._allgather_base(output, input, options);
+  }
+}
+
+template <typename Group>
+c10::intrusive_ptr<c10d::Work> start_all_to_all(Group& group, at::Tensor& output, at::Tensor& input,
+                                                const c10d::AllToAllOptions& options) {
+  std::vector<int64_t> equal_splits;
+  if constexpr (requires {
+                  group.all_to_all_single(output, input, equal_splits, equal_splits, options);
+                }) {
+    return group.all_to_all_single(output, input, equal_splits, equal_splits, options);
+  } else {
+    return group.alltoall_base(output, input, equal_splits, equal_splits, options);
+  }
+}
+
 class C10dCommunicator final : public Communicator {
  public:
   C10dCommunicator(GroupInfo group, c10::intrusive_ptr<c10d::ProcessGroup> process_group,
@@ -117,7 +142,7 @@ class C10dCommunicator final : public Communicator {
     at::Tensor output_bytes = as_bytes(output);
     at::Tensor input_bytes = as_bytes(input);
     run("all_gather",
-        [&] { return process_group_->_allgather_base(output_bytes, input_bytes, options); });
+        [&] { return start_all_gather(*process_group_, output_bytes, input_bytes, options); });
   }
 
   // Sends row r of `input` to member r and sums the rows that arrive, in member order.
@@ -127,11 +152,8 @@ class C10dCommunicator final : public Communicator {
     const at::Tensor received = at::empty({group().size(), output.numel()}, input.options());
     at::Tensor received_bytes = as_bytes(received);
     at::Tensor input_bytes = as_bytes(input);
-    std::vector<int64_t> equal_splits;
-    run("reduce_scatter", [&] {
-      return process_group_->alltoall_base(received_bytes, input_bytes, equal_splits, equal_splits,
-                                           options);
-    });
+    run("reduce_scatter",
+        [&] { return start_all_to_all(*process_group_, received_bytes, input_bytes, options); });
     sum_in_order(output.view({-1}), received.unbind(0));
   }
 
@@ -156,7 +178,8 @@ class C10dCommunicator final : public Communicator {
   std::string describe_members() const {
     std::string text;
     for (const int rank : group().world_ranks) {
-      text += (text.empty() ? "" : " ") + std::to_string(rank);
+      if (!text.empty()) text += ' ';
+      text += std::to_string(rank);
     }
     return text;
   }
