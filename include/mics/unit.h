@@ -118,6 +118,9 @@ class Unit {
   // Puts the sharded parameters into the module and, if `release`, frees the full buffer.
   void reshard(bool release);
 
+  // Leaves the full gradients of this backward for a reduce() at a later boundary.
+  void defer_reduce() { is_deferred_ = true; }
+  [[nodiscard]] bool is_deferred() const { return is_deferred_; }
   // Takes the full parameters' gradients, reduces them inside the partition group and adds them to
   // pending. Parameters without a gradient on this rank count as zeros.
   void reduce(Scratch& scratch, Stream& stream);
@@ -171,6 +174,8 @@ class Unit {
   at::Tensor separate_;  // memory for pending or hidden beside the gradient; made when first needed
   at::Tensor pending_;   // options_.gradient, separate_ or a tensor of its own; undefined: nothing
   at::Tensor hidden_;    // likewise, never the same as pending_
+  // The same on every rank, unlike whether there is a full gradient.
+  bool is_deferred_ = false;
   std::vector<bool> used_;
 };
 

@@ -39,6 +39,7 @@ def fully_shard(
     mp_policy: MixedPrecisionPolicy | str | None = None,
     offload_policy: OffloadPolicy | None = None,
     ignored_params: set[nn.Parameter] | None = None,
+    dp_mesh_dims: object = None,
     shard_size: ShardSize | None = None,
     hierarchical_gather: HierarchicalGather = "auto",
     accumulate: str = "two_hop",
@@ -59,6 +60,7 @@ def fully_shard(
         mp_policy: a MixedPrecisionPolicy, or "bf16" or "fp16" (gradients then reduced in fp32).
         offload_policy: must be the default; parameters stay on the device.
         ignored_params: parameters to leave alone; the caller keeps them in sync.
+        dp_mesh_dims: must be None.
         shard_size: without a mesh: ranks per partition group; "node" (default), "world" or a number.
         hierarchical_gather: across nodes first, then inside them; "auto": where a group spans nodes.
         accumulate: what set_requires_gradient_sync(False) means: "two_hop" reduces inside the
@@ -72,7 +74,13 @@ def fully_shard(
     """
     modules = _as_list(module)
     check_reshard_after_forward(reshard_after_forward)
-    _check_arguments(mesh, shard_placement_fn, offload_policy, shard_size, accumulate)
+    _check_arguments(mesh, shard_size, offload_policy, accumulate)
+    if shard_placement_fn is not None:
+        raise ValueError("shard_placement_fn must be None: parameters are cut along dim 0.")
+    if dp_mesh_dims is not None:
+        raise ValueError(
+            "dp_mesh_dims must be None: the mesh has one dimension (shard) or two (replicate, shard)."
+        )
     policy = resolve_policy(mp_policy)
     ensure_process_group()
     if mesh is None:
@@ -119,17 +127,14 @@ def _as_list(module: nn.Module | list[nn.Module]) -> list[nn.Module]:
 
 def _check_arguments(
     mesh: DeviceMesh | None,
-    shard_placement_fn: object,
-    offload_policy: OffloadPolicy | None,
     shard_size: ShardSize | None,
+    offload_policy: OffloadPolicy | None,
     accumulate: str,
 ) -> None:
     if mesh is not None and shard_size is not None:
         raise ValueError(
             f"give either a mesh or a shard_size: got both (shard_size={shard_size!r})."
         )
-    if shard_placement_fn is not None:
-        raise ValueError("shard_placement_fn must be None: parameters are cut along dim 0.")
     if offload_policy is not None and type(offload_policy) is not OffloadPolicy:
         raise ValueError(
             f"offload_policy must be OffloadPolicy(): got {type(offload_policy).__name__}. Offloading "

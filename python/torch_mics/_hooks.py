@@ -44,10 +44,12 @@ class _Guard:
 def ensure_context(module: nn.Module, unit: ShardedUnit) -> Context:
     """Gives the unit's context; makes it when this is the first forward of a root."""
     context = unit.context
-    if context is None:
-        context = Context(module, unit)
-    elif unit is context.root_unit:
-        context.refresh()
+    # Full parameters made here are trained with later, whatever mode this forward runs in.
+    with torch.inference_mode(False):
+        if context is None:
+            context = Context(module, unit)
+        elif unit is context.root_unit:
+            context.refresh()
     return context
 
 

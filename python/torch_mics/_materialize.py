@@ -31,7 +31,7 @@ def materialize(
         model: the sharded root module, wholly or partly on the meta device.
         device: of the shards; by default that of the mesh.
         init_fn: initialises the parameters and buffers that a module holds itself. By default the
-            module's reset_parameters(), else the model's `_init_weights(module)` (Hugging Face).
+            module's reset_parameters(), then the model's `_init_weights(module)` (Hugging Face).
 
     Raises:
         ValueError: a module holds meta tensors and has no initialiser. All are named; nothing changed.
@@ -86,10 +86,19 @@ def _initialiser(
 ) -> Callable[[nn.Module], None] | None:
     if init_fn is not None:
         return init_fn
-    if callable(getattr(module, "reset_parameters", None)):
-        return lambda each: each.reset_parameters()  # type: ignore[operator]
+    reset = getattr(module, "reset_parameters", None)
     init_weights = getattr(model, "_init_weights", None)
-    return init_weights if callable(init_weights) else None
+    steps = [step for step in (reset, init_weights) if callable(step)]
+    if not steps:
+        return None
+
+    def initialise(each: nn.Module) -> None:
+        if callable(reset):
+            reset()
+        if callable(init_weights):
+            init_weights(each)
+
+    return initialise
 
 
 def _allocate_shards(units: list[ShardedUnit], device: torch.device) -> None:

@@ -114,10 +114,11 @@ def _find_blocks(model: nn.Module) -> list[nn.Module]:
             continue
         members = list(module)
         kinds = [type(member) for member in members]
-        most = max(set(kinds), key=kinds.count)
-        repeated = [member for member in members if type(member) is most]
-        if len(repeated) > 1 and _numel(repeated) > _numel(best):
-            best = repeated
+        # In the order of the members: every rank must find the same.
+        for kind in dict.fromkeys(kinds):
+            repeated = [member for member in members if type(member) is kind]
+            if len(repeated) > 1 and _numel(repeated) > _numel(best):
+                best = repeated
     return best
 
 

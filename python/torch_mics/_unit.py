@@ -172,6 +172,8 @@ class ShardedUnit:
             sharded = nn.Parameter(
                 self._wrap(local, parameter.sizes), requires_grad=full.requires_grad
             )
+            # nn.Parameter detaches, and with it the version counter that tells a changed shard.
+            sharded._local_tensor = local  # type: ignore[attr-defined]
             parameter.sharded = sharded
             full._mics_replaced = parameter.name  # type: ignore[attr-defined]
             for place in parameter.places:

@@ -149,7 +149,7 @@ void Engine::run(const std::vector<Action>& actions) {
 }
 
 void Engine::reduce(Unit& unit) {
-  if (!unit.settings().reduce_gradients) return;
+  if (!unit.settings().reduce_gradients) return unit.defer_reduce();
   unit.reduce(scratch_, *stream_);
   if (unit.settings().synchronize_gradients) unit.synchronize(*stream_);
 }
@@ -169,6 +169,7 @@ void Engine::synchronize_pending() {
   for (auto it = units_.rbegin(); it != units_.rend(); ++it) {
     Unit& unit = **it;
     if (!unit.settings().reduce_gradients || !unit.settings().synchronize_gradients) continue;
+    if (unit.is_deferred()) unit.reduce(scratch_, *stream_);
     unit.synchronize(*stream_);
     if (!unit.has_hidden_gradient()) continue;
     finished.push_back(&unit);

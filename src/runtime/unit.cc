@@ -167,7 +167,9 @@ at::Tensor Unit::gradient_region(int trainable_index, at::Tensor& packed) const 
 }
 
 void Unit::reduce(Scratch& scratch, Stream& stream) {
+  is_deferred_ = false;
   if (trainable_.empty()) return;
+  const c10::InferenceMode no_inference(false);
   const c10::NoGradGuard no_grad;
   const HopCommunicators& hops = communicators_.reduce;
   const at::Device device = options_.shard.device();
@@ -279,6 +281,7 @@ bool Unit::has_full_gradient() const {
 void Unit::drop_gradients() {
   for (const int index : trainable_)
     full_parameters_[static_cast<size_t>(index)].mutable_grad().reset();
+  is_deferred_ = false;
   pending_.reset();
   hidden_.reset();
   used_.assign(trainable_.size(), false);

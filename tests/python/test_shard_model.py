@@ -252,8 +252,7 @@ def test_materialize_takes_the_initialiser_of_the_model(world, how):
         # A module's own reset_parameters() comes before the model's _init_weights().
         if how == "_init_weights" and hasattr(module, "reset_parameters"):
             module.reset_parameters()
-        else:
-            plain._init_weights(module)
+        plain._init_weights(module)
     expect_values(model, plain)
     assert torch.equal(model.norm.table, torch.arange(4.0))
 

@@ -94,13 +94,14 @@ class _Pool:
 _pools: dict[int, _Pool] = {}
 
 
-def _close_pools() -> None:
+def close_pools() -> None:
+    """Ends all ranks; the next call starts new ones."""
     for pool in _pools.values():
         pool.close()
     _pools.clear()
 
 
-atexit.register(_close_pools)
+atexit.register(close_pools)
 
 
 def run_outcomes(
