@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from test_features import (
+from support.bodies import (
     LIMIT,
     NUM_UNITS,
     WORLD,

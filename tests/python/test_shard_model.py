@@ -9,8 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from support.models import Block, TinyGPT, batch, loss, make_gpt
-from test_features import (
+from support.bodies import (
     WORLD,
     Layer,
     Stack,
@@ -26,6 +25,7 @@ from test_features import (
     twins,
     value_of,
 )
+from support.models import Block, TinyGPT, batch, loss, make_gpt
 from torch import nn
 
 import torch_mics as mics
