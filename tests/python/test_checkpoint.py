@@ -443,12 +443,16 @@ def _forward(kind: str, model: nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("kind", "how"),
-    [(kind, how) for kind in KINDS for how in ("fresh", "after a forward", "own copies")]
+    [
+        (kind, how)
+        for kind in KINDS
+        for how in ("fresh", "after a forward", "own copies")
+        # A forward of BatchNorm changes what is loaded over.
+        if (kind, how) != ("buffers", "after a forward")
+    ]
     + [("plain", "meta"), ("tied", "meta")],
 )
 def test_load_full_state_dict_gives_every_rank_its_rows(kind: str, how: str):
-    if kind == "buffers" and how == "after a forward":
-        pytest.skip("a forward of BatchNorm changes what is loaded over")
     right = dict(_make(kind).state_dict())
     output = None if kind == "buffers" else _forward(kind, _make(kind))
     for layout in ((4, 2, 2), (2, 2, 1)):
