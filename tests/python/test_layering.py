@@ -19,7 +19,13 @@ CPP_SUFFIXES = {".h", ".cc", ".cu"}
 
 PLAN_HEADERS = ("topology.h", "shard_layout.h", "schedule.h", "cost_model.h")
 BASE_HEADERS = ("check.h", "error.h", "build_info.h")
-COMM_HEADERS = ("stream.h", "communicator.h", "local_world.h", "c10d_communicator.h")
+COMM_HEADERS = (
+    "stream.h",
+    "communicator.h",
+    "local_world.h",
+    "c10d_communicator.h",
+    "shm_communicator.h",
+)
 SHARD_HEADERS = ("arena.h", "full_buffer.h")
 COLLECTIVE_HEADERS = ("unit_collectives.h", "grad_sync.h")
 
@@ -64,7 +70,7 @@ ROOMS = (
         "src/comm",
         (*COMM, "base/*", "comm/*"),
         "the comm interface needs base, ATen/core and c10, and names no backend",
-        ("comm/local/*", "comm/c10d/*", "comm/nccl/*"),
+        ("comm/local/*", "comm/c10d/*", "comm/nccl/*", "comm/shm/*"),
     ),
     Room(
         "src/comm/local",
@@ -77,6 +83,13 @@ ROOMS = (
         (*COMM, "mics/c10d_communicator.h", "base/*", "comm/*", "torch/csrc/distributed/c10d/*"),
         "comm/c10d needs the comm interface and c10d",
         ("comm/local/*", "comm/nccl/*"),
+    ),
+    Room(
+        "src/comm/shm",
+        (*COMM, "mics/shm_communicator.h", "base/*", "comm/*", "sys/*", "linux/futex.h")
+        + ("dirent.h", "fcntl.h", "sched.h", "unistd.h"),
+        "comm/shm needs the comm interface and the operating system",
+        ("comm/local/*", "comm/c10d/*", "comm/nccl/*"),
     ),
     Room(
         "src/comm/nccl",
@@ -99,7 +112,7 @@ ROOMS = (
         (*PLAN, *COMM, *public(*SHARD_HEADERS, *COLLECTIVE_HEADERS, "unit.h", "engine.h"))
         + ("base/*", "comm/*", "shard/*", "collective/*", "runtime/*", "torch/csrc/autograd/*"),
         "runtime needs the rooms below it and never a backend",
-        ("comm/local/*", "comm/c10d/*", "comm/nccl/*"),
+        ("comm/local/*", "comm/c10d/*", "comm/nccl/*", "comm/shm/*"),
     ),
     Room(
         "include/mics",

@@ -1,0 +1,28 @@
+// Which process, and whether it still runs. A process id alone is used again; with the time at
+// which the process started it is not.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace mics::shm {
+
+struct ProcessId {
+  int32_t pid = 0;
+  uint64_t start_time = 0;  // in clock ticks since boot; 0: unknown
+  friend bool operator==(const ProcessId&, const ProcessId&) = default;
+};
+
+[[nodiscard]] ProcessId this_process();
+
+// False when the process has ended, is a zombie, or its id belongs to a later process. Only for
+// processes of the same PID namespace.
+[[nodiscard]] bool is_running(const ProcessId& process);
+
+// Tells PID namespaces apart: within one, a process id means one process.
+[[nodiscard]] uint64_t pid_namespace();
+
+// The host's boot; "unknown" without /proc.
+[[nodiscard]] std::string boot_id();
+
+}  // namespace mics::shm
