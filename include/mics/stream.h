@@ -17,15 +17,17 @@
 
 #include <functional>
 #include <memory>
+#include <string>
 
 namespace mics {
 
 // A point in a stream's order. Backends derive from it; an Event is only used with streams of the
-// backend that made it.
+// backend that made it, and recorded on one stream only.
 class Event {
  public:
   virtual ~Event() = default;
-  // True when everything queued before the last record() is done. True if never recorded.
+  // True when everything queued before the last record() is done or was skipped after a failure.
+  // True if never recorded.
   [[nodiscard]] virtual bool query() const = 0;
   // Blocks the calling thread until query() is true. Not for the hot path.
   // Throws: the exception of failed work queued before the record.
@@ -41,14 +43,27 @@ class Stream {
   [[nodiscard]] virtual std::unique_ptr<Event> make_event() = 0;
   // Marks the present end of this stream in `event`, replacing an earlier mark.
   virtual void record(Event& event) = 0;
-  // Work queued on this stream after the call starts only when `event` is done.
+  // Work queued on this stream after the call starts only when `event`, as it is marked now, is
+  // done. A failure before the mark is a failure of this stream; an inline stream throws it here.
   virtual void wait(const Event& event) = 0;
   // Blocks the calling thread until the stream is empty. Not for the hot path.
+  // Throws: the exception of the first failed work since the stream was made or reset.
   virtual void synchronize() = 0;
+  // Forgets a failure, after all queued work has run or was skipped. Events marked before keep it.
+  virtual void reset() = 0;
 };
 
-// A stream that runs work in enqueue(), on the calling thread. Everything is in program order, so
-// events are always done. The compute stream of a CPU is of this kind.
+// A stream that runs work in enqueue(), on the calling thread: what throws there throws out of
+// enqueue(). Its record() is done at once and its wait() blocks the calling thread. The compute
+// stream of a CPU is of this kind.
 [[nodiscard]] std::unique_ptr<Stream> make_inline_stream();
+
+// A stream that runs work on a thread of its own, in the order of queueing. After work that threw,
+// later work is dropped without being run until reset(), and every event marked since carries the
+// exception: what depends on a failed collective never runs on half of its result. Works with
+// events of inline streams and of other worker streams. The destructor runs what is queued, then
+// joins the thread; work that waits for an event that only the destroying thread would mark never
+// ends. `name` (15 characters are shown) is that of the thread in debuggers.
+[[nodiscard]] std::unique_ptr<Stream> make_worker_stream(std::string name);
 
 }  // namespace mics

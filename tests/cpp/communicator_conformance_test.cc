@@ -8,6 +8,7 @@
 #include "mics/communicator.h"
 #include "mics/error.h"
 #include "mics/local_world.h"
+#include "mics/shm_communicator.h"
 #include "support/multi_rank.h"
 
 namespace mics {
@@ -37,13 +38,26 @@ class Conformance
   int64_t numel() const { return std::get<2>(GetParam()); }
   bool in_place() const { return std::get<3>(GetParam()); }
 
+  // Runs `body` on every backend that C++ can make alone, on both kinds of stream.
   void on_ranks(const std::function<void(int, Communicator&, Stream&)>& body) const {
-    LocalWorld world(size(), std::chrono::seconds(60));
-    run_ranks(size(), [&](int rank) {
-      const auto communicator = world.make_communicator(world_group(size(), rank));
-      const auto stream = make_inline_stream();
-      body(rank, *communicator, *stream);
-    });
+    for (const bool is_shm : {false, true}) {
+      if (is_shm && size() == 1) continue;  // a group of one has no segment
+      SCOPED_TRACE(is_shm ? "shm" : "local");
+      LocalWorld world(size(), std::chrono::seconds(60));
+      const std::string segment = make_shm_segment_name();
+      run_ranks(size(), [&](int rank) {
+        const GroupInfo group = world_group(size(), rank);
+        // Slots so small that most messages take several rounds.
+        const auto communicator =
+            is_shm ? make_shm_communicator(group, {segment, rank == 0, int64_t{128} * size(),
+                                                   std::chrono::seconds(60)})
+                   : world.make_communicator(group);
+        const auto inline_stream = make_inline_stream();
+        body(rank, *communicator, *inline_stream);
+        const auto worker_stream = make_worker_stream("rank" + std::to_string(rank));
+        body(rank, *communicator, *worker_stream);
+      });
+    }
   }
 };
 
@@ -56,6 +70,7 @@ TEST_P(Conformance, AllGatherIsBitwiseInRankOrder) {
       input = output.narrow(0, rank * numel(), numel());
     }
     communicator.all_gather(output, input, stream);
+    stream.synchronize();
     for (int member = 0; member < size(); ++member) {
       ASSERT_TRUE(
           at::equal(output.narrow(0, member * numel(), numel()), values(member, numel(), dtype())));
@@ -71,6 +86,7 @@ TEST_P(Conformance, ReduceScatterLeavesTheSumOfPieceR) {
     const at::Tensor output = in_place() ? input.narrow(0, rank * numel(), numel())
                                          : at::empty({numel()}, input.options());
     communicator.reduce_scatter(output, input, stream);
+    stream.synchronize();
     ASSERT_TRUE(at::equal(output.to(at::kDouble), expected.narrow(0, rank * numel(), numel())));
   });
 }
@@ -81,6 +97,7 @@ TEST_P(Conformance, AllReduceIsTheSumOnEveryRank) {
   on_ranks([&](int rank, Communicator& communicator, Stream& stream) {
     const at::Tensor tensor = values(rank, numel(), dtype());
     communicator.all_reduce(tensor, stream);
+    stream.synchronize();
     ASSERT_TRUE(at::equal(tensor.to(at::kDouble), expected));
   });
 }
@@ -96,15 +113,19 @@ TEST_P(Conformance, GroupedOperationsEqualSingleOnes) {
           {at::empty({n}, at::TensorOptions().dtype(dtype())), values(rank, size() * n, dtype())});
     }
     communicator.all_gather(gathers, stream);
+    stream.synchronize();
     communicator.reduce_scatter(reductions, stream);
+    stream.synchronize();
     for (const TensorPair& pair : gathers) {
       const at::Tensor single = at::empty_like(pair.output);
       communicator.all_gather(single, pair.input, stream);
+      stream.synchronize();
       ASSERT_TRUE(at::equal(single, pair.output));
     }
     for (const TensorPair& pair : reductions) {
       const at::Tensor single = at::empty_like(pair.output);
       communicator.reduce_scatter(single, pair.input, stream);
+      stream.synchronize();
       ASSERT_TRUE(at::equal(single, pair.output));
     }
   });

@@ -1,8 +1,16 @@
-// Shared memory against the local backend, bit for bit; ranks are threads with a mapping each.
+// Shared memory against the local backend, bit for bit, with ranks as threads that have a mapping
+// each; and its failures, with peers in processes of their own.
 #include "mics/shm_communicator.h"
 
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <filesystem>
+#include <string>
 
 #include "mics/error.h"
 #include "mics/local_world.h"
@@ -85,6 +93,88 @@ TEST(ShmCommunicator, MissingMemberIsATimeout) {
   const auto shm =
       make_shm_communicator(group_of(2, 0), options_of(make_shm_segment_name(), 2, 0, 200));
   EXPECT_THROW(shm->barrier(), TimeoutError);
+}
+
+// Member 1 of a group of two, in a process of its own: attaches, meets member 0 once, then waits.
+class Peer {
+ public:
+  explicit Peer(const std::string& segment) : pid_(fork()) {
+    if (pid_ != 0) return;
+    try {
+      const auto shm = make_shm_communicator(group_of(2, 1), options_of(segment, 2, 1));
+      shm->barrier();
+      pause();
+    } catch (...) {
+    }
+    _exit(1);
+  }
+  ~Peer() {
+    kill(pid_, SIGKILL);
+    waitpid(pid_, nullptr, 0);
+  }
+  void send(int signal) const { kill(pid_, signal); }
+
+ private:
+  const pid_t pid_;
+};
+
+bool segment_exists(const std::string& name) {
+  const std::string file = name.front() == '/' ? name.substr(1) : name;
+  return std::filesystem::exists("/dev/shm/" + file);
+}
+
+// What member 0 sees when its peer gets `signal` between two operations.
+template <typename Error>
+void expect_error_after(int signal, int timeout_ms, std::chrono::milliseconds limit) {
+  const std::string name = make_shm_segment_name();
+  const auto shm = make_shm_communicator(group_of(2, 0), options_of(name, 2, 0, timeout_ms));
+  EXPECT_TRUE(segment_exists(name));
+  Peer peer(name);
+  shm->barrier();
+  EXPECT_FALSE(segment_exists(name));
+  peer.send(signal);  // killed and not reaped: a zombie
+  const auto begin = std::chrono::steady_clock::now();
+  at::Tensor tensor = at::ones({1000});
+  for (int attempt = 0; attempt < 2; ++attempt) {  // every later call fails too
+    try {
+      shm->all_reduce(tensor, *make_inline_stream());
+      FAIL() << "did not throw";
+    } catch (const Error& error) {
+      EXPECT_NE(std::string(error.what()).find("world_rank 1"), std::string::npos) << error.what();
+    }
+  }
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, limit);
+}
+
+TEST(ShmCommunicator, AKilledPeerIsACommErrorLongBeforeTheTimeout) {
+  expect_error_after<CommError>(SIGKILL, 20000, std::chrono::seconds(3));
+}
+
+TEST(ShmCommunicator, AStoppedPeerIsATimeout) {
+  expect_error_after<TimeoutError>(SIGSTOP, 300, std::chrono::milliseconds(2300));
+}
+
+TEST(ShmCommunicator, ASegmentWhoseMakerWasKilledIsRemoved) {
+  const std::string mine = make_shm_segment_name();
+  const auto kept = make_shm_communicator(group_of(2, 0), options_of(mine, 2, 0));
+  int channel[2];
+  ASSERT_EQ(pipe(channel), 0);
+  const pid_t maker = fork();
+  if (maker == 0) {
+    const std::string name = make_shm_segment_name();
+    const auto shm = make_shm_communicator(group_of(2, 0), options_of(name, 2, 0));
+    const ssize_t written = write(channel[1], name.c_str(), name.size() + 1);
+    kill(getpid(), written > 0 ? SIGKILL : SIGTERM);
+  }
+  char name[256] = {};
+  ASSERT_GT(read(channel[0], name, sizeof(name) - 1), 0);
+  waitpid(maker, nullptr, 0);
+  close(channel[0]);
+  close(channel[1]);
+  EXPECT_TRUE(segment_exists(name));
+  EXPECT_GE(remove_stale_shm_segments(), 1);
+  EXPECT_FALSE(segment_exists(name));
+  EXPECT_TRUE(segment_exists(mine));  // its maker runs
 }
 
 }  // namespace

@@ -159,12 +159,13 @@ class C10dCommunicator final : public Communicator {
 
   // Issues an operation, waits for it and says who and where when it fails.
   void run(const char* op, const std::function<c10::intrusive_ptr<c10d::Work>()>& issue) {
+    ++num_started_;
     try {
       issue()->wait();
     } catch (const std::exception& error) {
       const std::string reason = error.what();
       const std::string message = detail::concatenate(
-          op, " failed: operation ", traffic().calls, " of group ", group().name, " [world ranks ",
+          op, " failed: operation ", num_started_, " of group ", group().name, " [world ranks ",
           describe_members(),
           "] (world_rank=", group().world_ranks[static_cast<size_t>(group().rank)],
           "). A member has ended or issues other collectives; see docs/errors.md#comm. Reason: ",
@@ -186,6 +187,8 @@ class C10dCommunicator final : public Communicator {
 
   const c10::intrusive_ptr<c10d::ProcessGroup> process_group_;
   const std::chrono::milliseconds timeout_;
+  // For messages. Traffic is counted on the issuing thread, this where the operation runs.
+  int64_t num_started_ = 0;
 };
 
 }  // namespace
