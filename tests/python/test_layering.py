@@ -68,7 +68,7 @@ ROOMS = (
     ),
     Room(
         "src/comm",
-        (*COMM, "base/*", "comm/*"),
+        (*COMM, "base/*", "comm/*", "pthread.h"),
         "the comm interface needs base, ATen/core and c10, and names no backend",
         ("comm/local/*", "comm/c10d/*", "comm/nccl/*", "comm/shm/*"),
     ),
@@ -127,7 +127,18 @@ ROOMS = (
     ),
     Room(
         "tests/cpp",
-        (STD, "mics/*", "gtest/*", "gmock/*", "support/*", "torch/csrc/distributed/c10d/*", *TORCH)
+        (
+            STD,
+            "signal.h",
+            "sys/wait.h",
+            "unistd.h",
+            "mics/*",
+            "gtest/*",
+            "gmock/*",
+            "support/*",
+            "torch/csrc/distributed/c10d/*",
+            *TORCH,
+        )
         + (
             "torch/csrc/autograd/*",
             "base/*",
