@@ -89,8 +89,9 @@ struct Machine {
 // Seconds of one all-gather or reduce-scatter in which every rank ends, or begins, with `nbytes`.
 //   inside a node      (p-1)*a_intra + (p-1)/p * nbytes/B_intra
 //   flat over nodes    launch + (p-m)*a_intra + (m-1)*a_inter + (p-1)/p * nbytes/B_inter   (ring)
-//   hop over nodes     launch + (m-1)*a_inter + (p-k)/p * nbytes/B_inter   k parallel rings, m =
-//   p/k hop inside nodes   (k-1)*a_intra + (k-1)/k * nbytes/B_intra
+//   hop over nodes     launch + (m-1)*a_inter + (p-k)/p * nbytes/B_inter   (k parallel rings)
+//   hop inside nodes   (k-1)*a_intra + (k-1)/k * nbytes/B_intra
+// with p ranks, k of them on each of m = p/k nodes.
 // Throws InvalidArgument for num_ranks < 1, nbytes < 0, a bandwidth <= 0, a latency < 0, or ranks
 // that do not fill whole nodes.
 [[nodiscard]] double flat_seconds(const Machine& machine, int num_ranks, double nbytes);
@@ -101,7 +102,7 @@ struct Machine {
 // node at once: 2(R-1)/R of ranks_per_node * nbytes/p bytes per node, and the steps of a ring or of
 // a double tree, whichever is less. Partition groups smaller than a node keep part of the replicas
 // inside it; their bytes across nodes are those of the nodes' ring.
-// Throws as flat_seconds.
+// Throws as flat_seconds, for the partition group and for all its replicas.
 [[nodiscard]] double replicate_seconds(const Machine& machine, int partition_size,
                                        int replication_size, double nbytes);
 

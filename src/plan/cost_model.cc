@@ -105,6 +105,7 @@ double replicate_seconds(const Machine& machine, int partition_size, int replica
   check_collective(machine, partition_size, nbytes);
   MICS_CHECK(replication_size >= 1,
              "replication_size must be at least 1: got replication_size=", replication_size, ".");
+  check_collective(machine, partition_size * replication_size, nbytes);
   if (replication_size == 1) return 0;
   const double replicas = replication_size;
   const double shard_nbytes = nbytes / partition_size;

@@ -139,6 +139,7 @@ TEST(CollectiveSeconds, RefuseWhatCannotBe) {
   EXPECT_THROW((void)flat_seconds(machine, 12, 1), InvalidArgument);
   EXPECT_THROW((void)flat_seconds(machine, 8, -1), InvalidArgument);
   EXPECT_THROW((void)replicate_seconds(machine, 8, 0, 1), InvalidArgument);
+  EXPECT_THROW((void)replicate_seconds(machine, 4, 3, 1), InvalidArgument);
   machine.inter.bandwidth = 0;
   EXPECT_THROW((void)rail_hop_seconds(machine, 16, 1), InvalidArgument);
   EXPECT_THROW((void)count_hops({}, 0, 1), InvalidArgument);
