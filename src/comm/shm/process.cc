@@ -35,6 +35,7 @@ ProcessId this_process() {
 }
 
 bool is_running(const ProcessId& process) {
+  if (process.start_time == 0) return true;
   char state = '?';
   uint64_t start_time = 0;
   if (!read_stat(process.pid, state, start_time)) return false;

@@ -15,8 +15,8 @@ struct ProcessId {
 
 [[nodiscard]] ProcessId this_process();
 
-// False when the process has ended, is a zombie, or its id belongs to a later process. Only for
-// processes of the same PID namespace.
+// False when the process has ended, is a zombie, or its id belongs to a later process. True when
+// its start time is unknown. Only for processes of the same PID namespace.
 [[nodiscard]] bool is_running(const ProcessId& process);
 
 // Tells PID namespaces apart: within one, a process id means one process.

@@ -6,8 +6,7 @@
 //  1. The creator fills the header before it sets is_ready; sizes and group never change after.
 //  2. A member writes its own Member and its own slot only; and, once, the failure.
 //  3. Half h of a slot and announcement h hold the data of rounds r with r % 2 == h. The owner
-//  writes
-//     them for round r when all members have read round r - 2, and raises `written` to r after.
+//     writes them for round r when all members have read round r - 2; then `written` becomes r.
 //  4. The name is gone when all members have attached.
 //
 // Thread safety: one thread at a time per Segment object.
