@@ -17,7 +17,6 @@
 
 #include <functional>
 #include <memory>
-#include <string>
 
 namespace mics {
 
@@ -63,7 +62,7 @@ class Stream {
 // exception: what depends on a failed collective never runs on half of its result. Works with
 // events of inline streams and of other worker streams. The destructor runs what is queued, then
 // joins the thread; work that waits for an event that only the destroying thread would mark never
-// ends. `name` (15 characters are shown) is that of the thread in debuggers.
-[[nodiscard]] std::unique_ptr<Stream> make_worker_stream(std::string name);
+// ends.
+[[nodiscard]] std::unique_ptr<Stream> make_worker_stream();
 
 }  // namespace mics

@@ -1,7 +1,5 @@
 #include "mics/stream.h"
 
-#include <pthread.h>
-
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -102,7 +100,7 @@ class InlineStream final : public Stream {
 
 class WorkerStream final : public Stream {
  public:
-  explicit WorkerStream(std::string name) : name_(std::move(name)), thread_([this] { run(); }) {}
+  WorkerStream() : thread_([this] { run(); }) {}
 
   ~WorkerStream() override {
     {
@@ -164,7 +162,6 @@ class WorkerStream final : public Stream {
   }
 
   void run() {
-    pthread_setname_np(pthread_self(), name_.substr(0, 15).c_str());
     std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
       changed_.wait(lock, [this] { return is_closing_ || !tasks_.empty(); });
@@ -178,7 +175,6 @@ class WorkerStream final : public Stream {
     }
   }
 
-  const std::string name_;
   std::exception_ptr failure_;  // used on thread_ only
   std::mutex mutex_;
   std::condition_variable changed_;
@@ -192,8 +188,6 @@ class WorkerStream final : public Stream {
 
 std::unique_ptr<Stream> make_inline_stream() { return std::make_unique<InlineStream>(); }
 
-std::unique_ptr<Stream> make_worker_stream(std::string name) {
-  return std::make_unique<WorkerStream>(std::move(name));
-}
+std::unique_ptr<Stream> make_worker_stream() { return std::make_unique<WorkerStream>(); }
 
 }  // namespace mics

@@ -54,7 +54,7 @@ class Conformance
                    : world.make_communicator(group);
         const auto inline_stream = make_inline_stream();
         body(rank, *communicator, *inline_stream);
-        const auto worker_stream = make_worker_stream("rank" + std::to_string(rank));
+        const auto worker_stream = make_worker_stream();
         body(rank, *communicator, *worker_stream);
       });
     }

@@ -7,7 +7,6 @@
 #include <chrono>
 #include <random>
 #include <stdexcept>
-#include <string>
 #include <thread>
 #include <vector>
 
@@ -27,7 +26,7 @@ class Gate {
 };
 
 TEST(WorkerStream, RunsWorkInTheOrderOfQueueing) {
-  const auto stream = make_worker_stream("order");
+  const auto stream = make_worker_stream();
   std::vector<int> order;
   for (int i = 0; i < 1000; ++i) stream->enqueue([&order, i] { order.push_back(i); });
   stream->synchronize();
@@ -36,7 +35,7 @@ TEST(WorkerStream, RunsWorkInTheOrderOfQueueing) {
 }
 
 TEST(WorkerStream, EnqueueDoesNotWaitForTheWork) {
-  const auto stream = make_worker_stream("gate");
+  const auto stream = make_worker_stream();
   const auto event = stream->make_event();
   Gate gate;
   stream->enqueue([&] { gate.pass(); });
@@ -48,8 +47,8 @@ TEST(WorkerStream, EnqueueDoesNotWaitForTheWork) {
 }
 
 TEST(WorkerStream, WaitOrdersTwoStreams) {
-  const auto gather = make_worker_stream("gather");
-  const auto compute = make_worker_stream("compute");
+  const auto gather = make_worker_stream();
+  const auto compute = make_worker_stream();
   const auto ready = gather->make_event();
   Gate gate;
   int value = 0;
@@ -67,8 +66,8 @@ TEST(WorkerStream, WaitOrdersTwoStreams) {
 }
 
 TEST(WorkerStream, AWaitTakesTheMarkOfItsOwnTime) {
-  const auto first = make_worker_stream("first");
-  const auto second = make_worker_stream("second");
+  const auto first = make_worker_stream();
+  const auto second = make_worker_stream();
   const auto event = first->make_event();
   first->record(*event);
   second->wait(*event);
@@ -82,7 +81,7 @@ TEST(WorkerStream, AWaitTakesTheMarkOfItsOwnTime) {
 }
 
 TEST(WorkerStream, AnEventThatWasNeverRecordedIsDone) {
-  const auto stream = make_worker_stream("fresh");
+  const auto stream = make_worker_stream();
   const auto event = stream->make_event();
   EXPECT_TRUE(event->query());
   stream->wait(*event);
@@ -90,8 +89,8 @@ TEST(WorkerStream, AnEventThatWasNeverRecordedIsDone) {
 }
 
 TEST(WorkerStream, AnEventMayGoBeforeItsMarkIsDone) {
-  const auto first = make_worker_stream("first");
-  const auto second = make_worker_stream("second");
+  const auto first = make_worker_stream();
+  const auto second = make_worker_stream();
   Gate gate;
   bool ran = false;
   {
@@ -109,14 +108,14 @@ TEST(WorkerStream, AnEventMayGoBeforeItsMarkIsDone) {
 TEST(WorkerStream, TheDestructorRunsWhatIsQueued) {
   std::atomic<int> num_run = 0;
   {
-    const auto stream = make_worker_stream("closing");
+    const auto stream = make_worker_stream();
     for (int i = 0; i < 100; ++i) stream->enqueue([&] { ++num_run; });
   }
   EXPECT_EQ(num_run, 100);
 }
 
 TEST(WorkerStream, WorkBehindAFailureIsDroppedUntilReset) {
-  const auto stream = make_worker_stream("failing");
+  const auto stream = make_worker_stream();
   const auto event = stream->make_event();
   std::atomic<int> num_run = 0;
   stream->enqueue([] { throw std::runtime_error("injected"); });
@@ -134,8 +133,8 @@ TEST(WorkerStream, WorkBehindAFailureIsDroppedUntilReset) {
 }
 
 TEST(WorkerStream, AFailureReachesStreamsThatWaitForIt) {
-  const auto first = make_worker_stream("first");
-  const auto second = make_worker_stream("second");
+  const auto first = make_worker_stream();
+  const auto second = make_worker_stream();
   const auto compute = make_inline_stream();
   const auto failed = first->make_event();
   const auto passed_on = second->make_event();
@@ -161,7 +160,7 @@ TEST(WorkerStream, AFailureReachesStreamsThatWaitForIt) {
 
 TEST(InlineStream, WaitBlocksUntilTheWorkerHasCome) {
   const auto compute = make_inline_stream();
-  const auto gather = make_worker_stream("gather");
+  const auto gather = make_worker_stream();
   const auto freed = compute->make_event();
   const auto ready = gather->make_event();
   int slot = 0;
@@ -192,7 +191,7 @@ TEST(WorkerStream, RandomDelaysLoseNoEdge) {
     std::vector<std::vector<std::unique_ptr<Event>>> done(kRows);
     std::vector<std::unique_ptr<Stream>> streams;
     for (size_t row = 0; row < kRows; ++row) {
-      streams.push_back(make_worker_stream("row" + std::to_string(row)));
+      streams.push_back(make_worker_stream());
     }
     for (size_t row = 0; row < kRows; ++row) {
       for (size_t column = 0; column < kColumns; ++column) {

@@ -68,7 +68,7 @@ ROOMS = (
     ),
     Room(
         "src/comm",
-        (*COMM, "base/*", "comm/*", "pthread.h"),
+        (*COMM, "base/*", "comm/*"),
         "the comm interface needs base, ATen/core and c10, and names no backend",
         ("comm/local/*", "comm/c10d/*", "comm/nccl/*", "comm/shm/*"),
     ),
