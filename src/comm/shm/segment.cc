@@ -87,7 +87,6 @@ Segment::~Segment() {
     // Release: who sees that this member left also sees the rounds that it finished.
     own().state.store(Member::kLeft, std::memory_order_release);
     own().written.wake_all();
-    own().read.wake_all();
   }
   munmap(memory_, nbytes_);
 }
@@ -200,10 +199,7 @@ char* Segment::slot(int rank) const {
 }
 
 void Segment::wake_everybody() const {
-  for (int rank = 0; rank < header().size; ++rank) {
-    member(rank).written.wake_all();
-    member(rank).read.wake_all();
-  }
+  for (int rank = 0; rank < header().size; ++rank) member(rank).written.wake_all();
 }
 
 }  // namespace mics::shm

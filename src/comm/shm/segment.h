@@ -6,7 +6,8 @@
 //  1. The creator fills the header before it sets is_ready; sizes and group never change after.
 //  2. A member writes its own Member and its own slot only; and, once, the failure.
 //  3. Half h of a slot and announcement h hold the data of rounds r with r % 2 == h. The owner
-//     writes them for round r when all members have read round r - 2; then `written` becomes r.
+//     writes them for round r and then sets `written` to r. When all members have written round
+//     r - 1 they have read round r - 2, so nobody reads what it overwrites.
 //  4. The name is gone when all members have attached.
 //
 // Thread safety: one thread at a time per Segment object.
@@ -37,8 +38,7 @@ struct alignas(kCacheLine) Member {
   enum State : uint32_t { kAbsent, kAttaching, kAttached, kLeft };
   std::atomic<uint32_t> state{kAbsent};
   ProcessId process;  // written before kAttached
-  Counter written;    // the last round that this member has put into its slot
-  Counter read;       // the last round that it has read from all others
+  Counter written;    // the last round that this member has put into its slot, all earlier read
   struct alignas(kCacheLine) Half {
     Announcement announcement;
   } halves[2];

@@ -225,10 +225,8 @@ class ShmCommunicator final : public Communicator {
   template <typename Write, typename Read>
   void run_round(const Write& write, const Read& read) {
     ++round_;
-    for (int member = 0; member < group().size(); ++member) {
-      // The half was used two rounds ago and must have been read.
-      if (member != group().rank) wait_for(member, segment_.member(member).read, round_ - 2);
-    }
+    // The half was used two rounds ago. All have read it: they wrote the last round after that, and
+    // this member waited for it.
     write(half_of(group().rank));
     Member& own = segment_.own();
     own.halves[round_ % 2].announcement = announcement_;
@@ -239,16 +237,14 @@ class ShmCommunicator final : public Communicator {
       check_same(member);
     }
     read();
-    own.read.raise(round_);
   }
 
   void check_same(int member) {
     const Announcement& other = segment_.member(member).halves[round_ % 2].announcement;
     if (other == announcement_) return;
-    fail(Failure::kComm,
-         "every member must issue the same collectives with the same sizes and "
-         "dtypes: got " +
-             describe(announcement_, group().rank) + " and " + describe(other, member));
+    fail(Failure::kComm, "every member must issue the same collectives, sizes and dtypes: got " +
+                             describe(announcement_, group().rank) + " and " +
+                             describe(other, member));
   }
 
   std::string describe(const Announcement& announcement, int member) const {
