@@ -1,47 +1,64 @@
 // Engine: carries out the schedule of one root module over its units. What the module hooks drive.
 //
-//   forward   call = pre_forward(u); watch_outputs(u, outputs); post_forward(u)
+//   forward   pre_forward(u); watch_outputs(u, outputs); post_forward(u)
 //   backward  runs by itself: hooks on the watched outputs, a callback at the outermost's end
 //
-// Sequence of collectives: decided by the Schedule alone, so it is the same on every rank that runs
-// the same forwards. Every backward is an accumulation boundary for the units whose settings say
-// so: then hop 2 follows hop 1 unit by unit, and `.grad` becomes visible when the backward is over.
+// Sequence of collectives: decided by the Schedule and by the recorded orders of use alone, so it
+// is the same on every rank that runs the same forwards. From the second forward and backward on,
+// gathers are started ahead in the recorded order; another order is gathered on demand, counted and
+// recorded anew. Every backward is an accumulation boundary for the units whose settings say so:
+// then hop 2 follows hop 1 unit by unit, and `.grad` becomes visible when the backward is over.
 //
-// Thread safety: one thread at a time. Must not be called with the GIL held when a unit's exchange
-// or gradient hook needs it.
+// Memory: allocated at the first gather, in one piece whose size follows from the units' settings;
+// allocated anew when those have changed, at the next forward of the root.
+//
+// Thread safety: one thread at a time. Must not be called with the GIL held: the streams' threads
+// may need it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "mics/communicator.h"
+#include "mics/gather_pipeline.h"
+#include "mics/reduce_pipeline.h"
+#include "mics/runtime_memory.h"
+#include "mics/runtime_streams.h"
 #include "mics/schedule.h"
-#include "mics/stream.h"
 #include "mics/unit.h"
+#include "mics/use_order.h"
 
 namespace mics {
 
 class Engine : public std::enable_shared_from_this<Engine> {
  public:
   // `units` in the order of the module tree; `control` has all ranks of the world (null: one rank)
-  // and outlives the engine. All operations go to `stream`.
+  // and outlives the engine.
   [[nodiscard]] static std::shared_ptr<Engine> create(std::vector<std::shared_ptr<Unit>> units,
-                                                      Communicator* control,
-                                                      std::unique_ptr<Stream> stream);
+                                                      Communicator* control, RuntimeStreams streams,
+                                                      Depths depths = {});
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
 
   [[nodiscard]] int num_units() const { return static_cast<int>(units_.size()); }
   [[nodiscard]] Unit& unit(int index) { return *units_[static_cast<size_t>(index)]; }
 
   // Start of a forward of `unit`: gathers it. Each call is ended by one post_forward().
   void pre_forward(int unit);
-  // Gathers `unit` ahead of its forward (explicit prefetch, unshard()).
+  // Gathers `unit` and puts its full parameters into the module, until reshard().
   void unshard(int unit);
+  // Starts to gather `unit`; what is started is kept for the next use.
+  void prefetch(int unit);
   void reshard(int unit);
-  // Units to gather, in this order, as soon as backward reaches a forward of `unit`.
+  // Units to gather, in this order, as soon as a forward or backward of `unit` begins; instead of
+  // what was recorded. Empty: what was recorded.
+  void set_forward_prefetch(int unit, std::vector<int> ahead);
   void set_backward_prefetch(int unit, std::vector<int> ahead);
   // Lets backward of the open forward of `unit` start at `outputs`; those that need no gradient are
   // passed over.
@@ -59,42 +76,81 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // False when a parameter was frozen or unfrozen since its unit was made.
   [[nodiscard]] bool matches_requires_grad() const;
 
+  // Drops the unit's gradients that have not become visible. Keeps `.grad`.
+  void drop_gradients(int unit);
   // Drops everything in flight on this rank: open forwards, tapes, full parameters, pending
   // gradients. Shards, `.grad` and optimizer states stay. To be called on all ranks.
   void reset();
 
+  // Frees the runtime's memory until the next gather, with what was kept in it.
+  // Throws InvalidArgument during an accumulation, or while a module holds full parameters.
+  void release_memory();
+  // Plans the memory, if it is not there. For reports before the first step.
+  const RuntimeMemory& memory();
+  // Times that units were used in another order than recorded.
+  [[nodiscard]] int64_t num_order_changes() const { return num_order_changes_; }
+
  private:
-  Engine(std::vector<std::shared_ptr<Unit>> units, Communicator* control,
-         std::unique_ptr<Stream> stream);
+  Engine(std::vector<std::shared_ptr<Unit>> units, Communicator* control, RuntimeStreams streams,
+         Depths depths);
 
   // One forward between pre_forward and post_forward.
   struct OpenCall {
     int64_t call = -1;  // -1: autograd does not record
     std::shared_ptr<Tape> tape;
     bool is_watched = false;
-    bool is_recomputation = false;     // inside a backward
-    std::shared_ptr<bool> is_entered;  // shared by the hooks on the outputs
+    bool is_recomputation = false;  // inside a backward
   };
 
+  // What decides the plan of the memory.
+  using MemoryKey = std::vector<std::array<bool, 3>>;
+
+  void ensure_memory();
+  [[nodiscard]] MemoryKey memory_key() const;
+  void drop_memory();
+  // `unit` is needed now, as the `order` of the phase goes on.
+  void use(int unit);
+  void gather_ahead(int unit);
+  void rest(int unit, Residency residency);
+  void begin_phase(std::vector<UseOrder>& orders);
+  void begin_forward();
+  void end_phase();
   void begin_backward();
   void enter_backward(const OpenCall& entered, int unit);
   void run(const std::vector<Action>& actions);
-  void reduce(Unit& unit);
+  void reduce(int unit);
   void synchronize_pending();
+  [[nodiscard]] std::vector<bool> sum_flags(const std::vector<int>& finished, int64_t num_flags);
+  [[nodiscard]] bool has_failed() const;
+  void reset_pipelines();
   [[nodiscard]] bool backward_died() const;
 
   // Constant after construction.
   const std::vector<std::shared_ptr<Unit>> units_;
   Communicator* const control_;
-  const std::unique_ptr<Stream> stream_;
+  const Depths depths_;
+  RuntimeStreams streams_;
 
   Schedule schedule_;
-  Scratch scratch_;
+  GatherPipeline gathers_;
+  ReducePipeline reduces_;
+  std::unique_ptr<RuntimeMemory> memory_;
+  MemoryKey memory_key_;
+  // Of control_'s all-reduce of flags.
+  at::Tensor flags_;
+  std::unique_ptr<Event> flags_summed_;
+  std::vector<std::vector<int>> forward_prefetch_;   // per unit
   std::vector<std::vector<int>> backward_prefetch_;  // per unit
-  std::vector<std::vector<OpenCall>> open_calls_;    // per unit, innermost last
-  int forward_depth_ = 0;                            // open forwards outside backward
-  std::shared_ptr<Tape> forward_tape_;               // of the open root forward
-  std::shared_ptr<Tape> recomputation_tape_;  // of a backward that began with a recomputation
+  // Recorded orders of phases that begin with unit i.
+  std::vector<UseOrder> forward_orders_;
+  std::vector<UseOrder> backward_orders_;
+  std::vector<UseOrder>* phase_orders_ = nullptr;  // of the open phase
+  UseOrder* order_ = nullptr;                      // of the open phase, from its first use on
+  int64_t num_order_changes_ = 0;
+  std::vector<std::vector<OpenCall>> open_calls_;  // per unit, innermost last
+  int forward_depth_ = 0;                          // open forwards outside backward
+  std::shared_ptr<Tape> forward_tape_;             // of the open root forward
+  std::shared_ptr<Tape> recomputation_tape_;       // of a backward that began with a recomputation
   // Owned by the callback that autograd holds for the outermost backward: gone when that backward
   // has ended, by an exception too. A flag would stay set after an exception.
   std::weak_ptr<int> backward_alive_;

@@ -1,7 +1,7 @@
 // FullBuffer: the full parameters of one unit, there while unsharded, gone while sharded.
 //
-// All views share one StorageImpl for the life of the buffer. attach() points it at memory;
-// detach() points it at nothing and frees the memory. Tensors that autograd saved follow, because
+// All views share one StorageImpl for the life of the buffer. attach() points it at memory that it
+// does not own; detach() points it at nothing. Tensors that autograd saved follow, because
 // they hold the StorageImpl and not the memory. While detached the storage keeps its size and any
 // access to its data raises, so a use outside the window is an error and not a read of freed
 // memory.
@@ -27,9 +27,10 @@ class FullBuffer {
   FullBuffer(const FullBuffer&) = delete;
   FullBuffer& operator=(const FullBuffer&) = delete;
 
-  // Allocates memory, uninitialised. Nothing when attached.
-  void attach();
-  // Frees the memory. Nothing when detached.
+  // Uses the first nbytes() of `memory` (contiguous, on the buffer's device), which must stay until
+  // detach(). Replaces memory attached before.
+  void attach(const at::Tensor& memory);
+  // Nothing when detached.
   void detach();
   [[nodiscard]] bool is_attached() const { return is_attached_; }
   [[nodiscard]] int64_t nbytes() const { return nbytes_; }

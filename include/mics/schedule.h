@@ -30,9 +30,10 @@
 namespace mics {
 
 enum class ActionKind {
-  kGather,   // make the unit's full parameters available; nothing if they are
-  kReduce,   // reduce the unit's gradients inside the partition group
-  kReshard,  // free the unit's full parameters
+  kGather,       // make the unit's full parameters available; nothing if they are
+  kGatherAgain,  // the same, for a gradient that comes late: maybe on this rank alone
+  kReduce,       // reduce the unit's gradients inside the partition group
+  kReshard,      // free the unit's full parameters
 };
 
 struct Action {

@@ -15,6 +15,8 @@
 // Thread safety: a Stream is used by one thread at a time; an Event by any.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <functional>
 #include <memory>
 
@@ -50,6 +52,13 @@ class Stream {
   virtual void synchronize() = 0;
   // Forgets a failure, after all queued work has run or was skipped. Events marked before keep it.
   virtual void reset() = 0;
+  // True when work failed since the stream was made or reset: later work is dropped.
+  [[nodiscard]] virtual bool has_failed() const = 0;
+
+  // What the work queued next reads and writes. Streams that run work ignore it; a recording stream
+  // proves with it that every conflicting pair is ordered.
+  virtual void note_read(const at::Tensor& /*tensor*/) {}
+  virtual void note_write(const at::Tensor& /*tensor*/) {}
 };
 
 // A stream that runs work in enqueue(), on the calling thread: what throws there throws out of

@@ -3,12 +3,13 @@
 // One algorithm for every topology, with N nodes of L ranks in the partition group. A *node block*
 // has N slots of S elements (S = layout.shard_numel()); slot m of rank (m, l) is its own shard.
 //
-//   gather   hop 1  rail (N ranks)    one in-place all-gather of the block: slot m -> all slots
+//   gather   hop 1  rail (N ranks)    one all-gather of the shards into the block
 //            hop 2  intra (L ranks)   per slot m' and parameter i, as one group:
 //                                     chunk i of block[m'] -> rows of node m' in region i
 //   reduce   hop 1  intra (L ranks)   per slot m' and parameter i, as one group:
 //                                     rows of node m' in region i, summed -> chunk i of block[m']
-//            hop 2  rail (N ranks)    one in-place reduce-scatter of the block -> slot m
+//            hop 2  rail (N ranks)    one reduce-scatter of the block: slot m is left to rank (m,
+//            l)
 //
 //   p = 4 = 2 nodes x 2 ranks, parameter A of 4 rows        . = not there yet
 //            rank (0,0)   (0,1)     (1,0)     (1,1)
@@ -17,7 +18,10 @@
 //   hop 2    [A0 A1 A2 A3] in the region of every rank: natural order, nothing is moved again
 //
 // N = 1 is a group inside one node, and also the flat variant of a group over several nodes (L =
-// p): hop 1 vanishes and the block is the shard.
+// p): the rail hops vanish and the block is the shard.
+//
+// The rail hops are one pair of whole buffers. What is computed here are the pairs of the intra
+// hops; a caller keeps them while the buffers stay where they are.
 //
 // Cost per rank, in elements, with Q = layout.payload_numel():
 //   gather and reduce   rail (N-1)*S   intra N*(L-1)*Q       flat: (p-1)*Q
@@ -45,28 +49,31 @@ struct HopCommunicators {
   [[nodiscard]] int slot() const { return rail == nullptr ? 0 : rail->group().rank; }
 };
 
-// Gathers the full parameters.
+// This rank's slot of a node block, [S].
+[[nodiscard]] at::Tensor own_slot(const ShardLayout& layout, const at::Tensor& block,
+                                  const HopCommunicators& hops);
+
+// Pairs of the intra all-gather, hop 2 of a gather.
 //
-//   block   [N * S]        this rank's shard in slot m; with N = 1 it may be the shard itself,
-//   which is
-//                          only read. All slots are filled on return.
+//   block   [N * S]        all slots filled; with N = 1 it may be the shard itself
 //   full    [full_numel]   every region is written, its padding rows included
 //
-// Both of one dtype. Queued on `stream`; see Communicator for order, lifetime and errors.
-void gather_unit(const ShardLayout& layout, const at::Tensor& block, const at::Tensor& full,
-                 const HopCommunicators& hops, Stream& stream);
+// Both of one dtype. Empty when no parameter has elements. Throws InvalidArgument when block,
+// layout and communicators do not fit together.
+[[nodiscard]] std::vector<TensorPair> gather_pairs(const ShardLayout& layout,
+                                                   const at::Tensor& block, const at::Tensor& full,
+                                                   const HopCommunicators& hops);
 
-// Reduces full gradients to this rank's shard of their sum over the partition group.
+// Pairs of the intra reduce-scatter, hop 1 of a reduction.
 //
 //   regions  one per parameter, [region_numel]: the gradient in its first rows; padding rows are
 //            summed into padding and must hold numbers. Read only.
-//   block    [N * S]  scratch; on return slot m is the sum, with the layout's alignment gaps
-//   untouched
+//   block    [N * S]  the chunks are written; the layout's alignment gaps are not
 //
-// All of one dtype. Returns slot m of `block`. Queued on `stream`.
-[[nodiscard]] at::Tensor reduce_unit(const ShardLayout& layout,
-                                     const std::vector<at::Tensor>& regions,
-                                     const at::Tensor& block, const HopCommunicators& hops,
-                                     Stream& stream);
+// Dtype, errors: as gather_pairs.
+[[nodiscard]] std::vector<TensorPair> reduce_pairs(const ShardLayout& layout,
+                                                   const std::vector<at::Tensor>& regions,
+                                                   const at::Tensor& block,
+                                                   const HopCommunicators& hops);
 
 }  // namespace mics

@@ -24,7 +24,7 @@ struct OwnedUnit {
 std::shared_ptr<Unit> make_unit(std::string name, std::vector<UnitParameter> parameters,
                                 at::Tensor shard, at::Tensor gradient,
                                 at::ScalarType parameter_dtype, at::ScalarType reduce_dtype,
-                                int partition_size, CommunicatorPtr gather_rail,
+                                int partition_size, bool is_outer, CommunicatorPtr gather_rail,
                                 CommunicatorPtr gather_intra, CommunicatorPtr reduce_rail,
                                 CommunicatorPtr reduce_intra, CommunicatorPtr replicate) {
   UnitOptions options;
@@ -35,6 +35,7 @@ std::shared_ptr<Unit> make_unit(std::string name, std::vector<UnitParameter> par
   options.parameter_dtype = parameter_dtype;
   options.reduce_dtype = reduce_dtype;
   options.partition_size = partition_size;
+  options.is_outer = is_outer;
   const UnitCommunicators communicators = {{gather_rail.get(), gather_intra.get()},
                                            {reduce_rail.get(), reduce_intra.get()},
                                            replicate.get()};
@@ -42,6 +43,23 @@ std::shared_ptr<Unit> make_unit(std::string name, std::vector<UnitParameter> par
       new OwnedUnit{{gather_rail, gather_intra, reduce_rail, reduce_intra, replicate},
                     Unit(std::move(options), communicators)});
   return std::shared_ptr<Unit>(owned, &owned->unit);
+}
+
+// The last reference may be dropped with the GIL held; ending the streams waits for work that may
+// need it.
+std::shared_ptr<Engine> make_engine(std::vector<std::shared_ptr<Unit>> units,
+                                    const CommunicatorPtr& control, const Depths& depths,
+                                    bool inline_streams) {
+  RuntimeStreams streams =
+      inline_streams ? make_inline_streams() : make_worker_streams(units, control.get());
+  std::shared_ptr<Engine> engine =
+      Engine::create(std::move(units), control.get(), std::move(streams), depths);
+  Engine* const address = engine.get();
+  return {address, [engine = std::move(engine)](Engine*) mutable {
+            if (PyGILState_Check() == 0) return engine.reset();
+            const py::gil_scoped_release no_gil;
+            engine.reset();
+          }};
 }
 
 }  // namespace
@@ -68,8 +86,7 @@ void bind_runtime(py::module_& module) {
            py::arg("gradient"));
 
   py::class_<UnitSettings>(module, "UnitSettings")
-      .def_readwrite("reshard_after_forward", &UnitSettings::reshard_after_forward)
-      .def_readwrite("reshard_after_backward", &UnitSettings::reshard_after_backward)
+      .def_readwrite("residency", &UnitSettings::residency)
       .def_readwrite("unshard_in_backward", &UnitSettings::unshard_in_backward)
       .def_readwrite("reduce_gradients", &UnitSettings::reduce_gradients)
       .def_readwrite("synchronize_gradients", &UnitSettings::synchronize_gradients)
@@ -78,15 +95,16 @@ void bind_runtime(py::module_& module) {
   py::class_<Unit, std::shared_ptr<Unit>>(module, "Unit")
       .def(py::init(&make_unit), py::kw_only(), py::arg("name"), py::arg("parameters"),
            py::arg("shard"), py::arg("gradient"), py::arg("parameter_dtype"),
-           py::arg("reduce_dtype"), py::arg("partition_size"), py::arg("gather_rail"),
-           py::arg("gather_intra"), py::arg("reduce_rail"), py::arg("reduce_intra"),
-           py::arg("replicate"))
+           py::arg("reduce_dtype"), py::arg("partition_size"), py::arg("is_outer"),
+           py::arg("gather_rail"), py::arg("gather_intra"), py::arg("reduce_rail"),
+           py::arg("reduce_intra"), py::arg("replicate"))
       .def_property_readonly("name", &Unit::name)
       .def_property_readonly("layout", &Unit::layout, py::return_value_policy::reference_internal)
       .def_property_readonly("gradient_layout", &Unit::gradient_layout,
                              py::return_value_policy::reference_internal)
-      .def_property_readonly("settings", &Unit::settings,
-                             py::return_value_policy::reference_internal)
+      .def_property_readonly(
+          "settings", [](Unit& self) -> UnitSettings& { return self.settings(); },
+          py::return_value_policy::reference_internal)
       .def_property_readonly("is_unsharded", &Unit::is_unsharded)
       .def_property_readonly("has_pending", &Unit::has_pending)
       .def_property_readonly("has_full_gradient", &Unit::has_full_gradient)
@@ -96,27 +114,46 @@ void bind_runtime(py::module_& module) {
            [](Unit& self, std::shared_ptr<ParameterExchange> exchange) {
              self.set_exchange([exchange](bool full) { exchange->apply(full); });
            })
-      .def("set_gradient_hook", &Unit::set_gradient_hook)
-      .def("drop_gradients", &Unit::drop_gradients, Release())
-      .def("reset", &Unit::reset, Release());
+      .def("set_gradient_hook", &Unit::set_gradient_hook);
+
+  py::class_<Depths>(module, "Depths")
+      .def(py::init<>())
+      .def_readwrite("intra", &Depths::intra)
+      .def_readwrite("rail", &Depths::rail)
+      .def_readwrite("reductions", &Depths::reductions);
+
+  py::class_<MemoryPart>(module, "MemoryPart")
+      .def_readonly("name", &MemoryPart::name)
+      .def_readonly("count", &MemoryPart::count)
+      .def_readonly("nbytes", &MemoryPart::nbytes);
+
+  py::class_<RuntimeMemory>(module, "RuntimeMemory")
+      .def_property_readonly("parts", &RuntimeMemory::parts)
+      .def_property_readonly("nbytes", &RuntimeMemory::nbytes)
+      .def_property_readonly("num_grown", &RuntimeMemory::num_grown)
+      .def_property_readonly("grown_nbytes", &RuntimeMemory::grown_nbytes);
 
   py::class_<Engine, std::shared_ptr<Engine>>(module, "Engine")
-      .def(py::init([](std::vector<std::shared_ptr<Unit>> units, const CommunicatorPtr& control) {
-             return Engine::create(std::move(units), control.get(), make_inline_stream());
-           }),
-           py::arg("units"), py::kw_only(), py::arg("control"), py::keep_alive<1, 3>())
+      .def(py::init(&make_engine), py::arg("units"), py::kw_only(), py::arg("control"),
+           py::arg("depths"), py::arg("inline_streams"), py::keep_alive<1, 3>())
       .def("pre_forward", &Engine::pre_forward, py::arg("unit"), Release())
       .def("watch_outputs", &Engine::watch_outputs, py::arg("unit"), py::arg("outputs"), Release())
       .def("post_forward", &Engine::post_forward, py::arg("unit"), py::kw_only(), py::arg("failed"),
            Release())
       .def("unshard", &Engine::unshard, py::arg("unit"), Release())
       .def("reshard", &Engine::reshard, py::arg("unit"), Release())
+      .def("prefetch", &Engine::prefetch, py::arg("unit"), Release())
+      .def("set_forward_prefetch", &Engine::set_forward_prefetch, py::arg("unit"), py::arg("ahead"))
       .def("set_backward_prefetch", &Engine::set_backward_prefetch, py::arg("unit"),
            py::arg("ahead"))
       .def("finish_backward", &Engine::finish_backward, Release())
       .def("set_manual_finalization", &Engine::set_manual_finalization)
       .def("unfinished_units", &Engine::unfinished_units)
       .def("matches_requires_grad", &Engine::matches_requires_grad)
+      .def("drop_gradients", &Engine::drop_gradients, py::arg("unit"), Release())
+      .def("release_memory", &Engine::release_memory, Release())
+      .def("memory", &Engine::memory, py::return_value_policy::reference_internal, Release())
+      .def_property_readonly("num_order_changes", &Engine::num_order_changes)
       .def("reset", &Engine::reset, Release());
 }
 

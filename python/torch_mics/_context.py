@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import torch
@@ -51,7 +52,6 @@ class Context:
         for unit in self.units:
             if unit.context is not None:
                 unit.release_handle()
-                unit.context = None
 
     def _name_units(self, root: nn.Module) -> None:
         names = {id(module): name for name, module in root.named_modules()}
@@ -62,17 +62,29 @@ class Context:
     def _make_engine(self) -> None:
         for index, unit in enumerate(self.units):
             unit.context, unit.index = self, index
-            unit.make_handle(self.communicators[unit.groups.variant(unit.hierarchical)])
+            unit.make_handle(
+                self.communicators[unit.groups.variant(unit.hierarchical)],
+                is_outer=len({id(inner) for m in unit.modules for inner in units_of(m)}) > 1,
+            )
         handles = [unit.handle for unit in self.units if unit.handle is not None]
-        self.engine = _C.Engine(handles, control=self.control)
+        self.engine = _C.Engine(
+            handles,
+            control=self.control,
+            depths=_C.Depths(),
+            inline_streams=_wants_inline_streams(self.root_unit.shard.device),
+        )
         self.push_settings()
         self.push_prefetch()
 
     def push_prefetch(self) -> None:
-        """Tells the engine what to gather ahead in backward."""
+        """Tells the engine what the user wants gathered ahead."""
+
+        def indices(units: list[ShardedUnit]) -> list[int]:
+            return [other.index for other in units if other.context is self]
+
         for unit in self.units:
-            ahead = [other.index for other in unit.backward_prefetch if other.context is self]
-            self.engine.set_backward_prefetch(unit.index, ahead)
+            self.engine.set_forward_prefetch(unit.index, indices(unit.forward_prefetch))
+            self.engine.set_backward_prefetch(unit.index, indices(unit.backward_prefetch))
 
     def refresh(self) -> None:
         """Makes the engine anew when parameters were frozen or unfrozen since. At a root forward."""
@@ -86,16 +98,18 @@ class Context:
                     "requires_grad must not change during an accumulation: unit "
                     f'"{unit.name}" has gradients that are not synchronised.'
                 )
-            unit.handle = None
+        self.engine.reset()
         _check_agreement(self.units)
         self._make_engine()
 
     def close(self) -> None:
         """Lets go of all units; the next forward makes a new context."""
         for unit in self.units:
-            unit.context = None
+            unit.check_no_accumulation()
+        self.engine.reset()
         for unit in self.units:
-            unit.release_handle()
+            unit.context = None
+            unit.handle = None
 
     def push_settings(self) -> None:
         """Brings all C++ units up to their settings."""
@@ -114,6 +128,14 @@ class Context:
             for field in _TRAFFIC_FIELDS:
                 counters[field] += getattr(traffic, field)
         return totals
+
+
+def _wants_inline_streams(device: torch.device) -> bool:
+    """Whether collectives run on the caller's thread: MICS_STREAMS=inline, or not on a CPU."""
+    streams = os.environ.get("MICS_STREAMS", "worker")
+    if streams not in ("inline", "worker"):
+        raise ValueError(f'MICS_STREAMS must be "inline" or "worker": got "{streams}".')
+    return streams == "inline" or device.type != "cpu"
 
 
 _CHECKSUM_CHUNK = 1 << 22  # elements; bounds the memory of _checksum

@@ -213,7 +213,7 @@ class Groups:
             world = _C.LocalWorld(self.topology.world_size, timeout=_OPERATION_TIMEOUT)
             return world.make_communicator(name=name, world_ranks=ranks, nodes=nodes, rank=index)
         return _C.make_c10d_communicator(
-            self._process_group(ranks, groups),
+            self._process_group(name, ranks, groups),
             name=name,
             world_ranks=ranks,
             nodes=nodes,
@@ -221,16 +221,14 @@ class Groups:
             timeout=_OPERATION_TIMEOUT,
         )
 
-    def _process_group(self, ranks: list[int], groups: list[list[int]]) -> dist.ProcessGroup:
-        """Gives the process group of `ranks`; every rank makes all of `groups`, in order, once."""
-        if len(ranks) == self.topology.world_size:
-            assert dist.group.WORLD is not None
-            return dist.group.WORLD
-        if groups == self.topology.partition_groups():
-            return self.mesh.get_group(self.mesh.ndim - 1)
-        if groups == self.topology.replication_groups() and self.mesh.ndim == 2:
-            return self.mesh.get_group(0)
-        key = str(groups)
+    def _process_group(
+        self, name: str, ranks: list[int], groups: list[list[int]]
+    ) -> dist.ProcessGroup:
+        """Gives the process group of `ranks` for `name`; every rank makes all of `groups` once.
+
+        One per communicator: they run on streams of their own, and a process group is one order.
+        """
+        key = f"{name} {groups}"
         if key not in self._process_groups:
             made = {str(group): dist.new_group(group) for group in groups}
             self._process_groups[key] = made[str(ranks)]

@@ -78,9 +78,6 @@ def _pre_forward(
             return args, kwargs  # a later module of a group that is open
         unit.modules_to_run = set(unit.modules)
     context.engine.pre_forward(unit.index)
-    for ahead in unit.forward_prefetch:
-        if ahead.context is context:
-            context.engine.unshard(ahead.index)
     return args, kwargs
 
 

@@ -83,6 +83,7 @@ class MiCSModule(FSDPModule):
         if not async_op:
             context.engine.unshard(self._unit.index)
             return None
+        context.engine.prefetch(self._unit.index)
         return UnshardHandle(self._unit)
 
     def reshard(self) -> None:
@@ -108,6 +109,8 @@ class MiCSModule(FSDPModule):
     def set_modules_to_forward_prefetch(self, modules: list[FSDPModule]) -> None:
         """Gathers the units of `modules`, in this order, when this module's forward begins."""
         self._unit.forward_prefetch = _prefetch_units(modules)
+        if self._unit.context is not None:
+            self._unit.context.push_prefetch()
 
     def set_modules_to_backward_prefetch(self, modules: list[FSDPModule]) -> None:
         """Gathers the units of `modules`, in this order, when this module's backward begins."""
@@ -191,8 +194,8 @@ class MiCSModule(FSDPModule):
         """As nn.Module.zero_grad(); also drops an accumulation that has not reached its boundary."""
         if self._unit.context is not None:
             for unit in self._units():
-                if unit.handle is not None:
-                    unit.handle.drop_gradients()
+                if unit.context is not None:
+                    unit.context.engine.drop_gradients(unit.index)
         super(FSDPModule, self).zero_grad(set_to_none)  # type: ignore[misc]
 
     def reset(self) -> None:
@@ -258,8 +261,7 @@ class MiCSModule(FSDPModule):
         _refuse("set_symm_mem_for_comm", True, "do not call it")
 
     def _set_unshard_async_op(self, async_op: bool) -> None:
-        """Refused when True: gathers run on the caller's stream."""
-        _refuse("_set_unshard_async_op", async_op, "leave it False")
+        """Gathers always run beside compute, on streams of their own; both values give that."""
 
 
 def check_reshard_after_forward(value: object) -> None:

@@ -211,8 +211,13 @@ class ShardedUnit:
             parameter.sharded._local_tensor = view  # type: ignore[attr-defined]
         self.mark_parameters()
 
-    def make_handle(self, communicators: Communicators) -> None:
-        """Makes the C++ unit: gradient buffer, full parameters and their exchange."""
+    def make_handle(self, communicators: Communicators, *, is_outer: bool) -> None:
+        """Makes the C++ unit: gradient buffer, full parameters and their exchange.
+
+        Args:
+            communicators: where its collectives run.
+            is_outer: other units run inside its forward.
+        """
         trainable_layout = self.layout(only_trainable=True)
         gradient = torch.zeros(
             trainable_layout.shard_numel, dtype=self.dtype, device=self.shard.device
@@ -241,6 +246,7 @@ class ShardedUnit:
             parameter_dtype=self.parameter_dtype,
             reduce_dtype=self.reduce_dtype,
             partition_size=self.groups.topology.partition_size,
+            is_outer=is_outer,
             gather_rail=communicators.gather_rail,
             gather_intra=communicators.gather_intra,
             reduce_rail=communicators.reduce_rail,
@@ -266,34 +272,40 @@ class ShardedUnit:
             handle.set_gradient_hook(self.gradient_hook)
         self.handle = handle
 
-    def release_handle(self) -> None:
-        """Drops the C++ unit; the next forward makes a new one.
-
-        Raises:
-            RuntimeError: gradients wait for their synchronisation.
-        """
+    def check_no_accumulation(self) -> None:
+        """Raises RuntimeError when gradients wait for their synchronisation."""
         handle = self.handle
-        if handle is None:
-            return
-        if handle.has_pending or handle.has_full_gradient:
+        if handle is not None and (handle.has_pending or handle.has_full_gradient):
             raise RuntimeError(
                 "parameters must not be moved or replaced during an accumulation: unit "
                 f'"{self.name}" has gradients that are not synchronised. Finish the step, or call '
                 "reset() on the root module."
             )
-        handle.reset()
-        self.handle = None
+
+    def release_handle(self) -> None:
+        """Drops the C++ unit, and the engine with all its units; the next forward makes new ones.
+
+        Raises:
+            RuntimeError: gradients wait for their synchronisation.
+        """
+        self.check_no_accumulation()
         if self.context is not None:
             self.context.close()
+        self.handle = None
 
     def push_settings(self, *, is_root: bool) -> None:
         """Brings the C++ unit up to the settings."""
         if self.handle is None:
             return
         settings, target = self.settings, self.handle.settings
-        after_forward = settings.reshard_after_forward
-        target.reshard_after_forward = not is_root if after_forward is None else after_forward
-        target.reshard_after_backward = settings.reshard_after_backward
+        reshard = settings.reshard_after_forward
+        residency = target.residency
+        residency.after_forward = (
+            _C.Residency.SHARD if (reshard is None and not is_root) or reshard else _C.Residency.FULL
+        )
+        residency.between_microsteps = (
+            _C.Residency.SHARD if settings.reshard_after_backward else _C.Residency.FULL
+        )
         target.unshard_in_backward = settings.unshard_in_backward
         target.reduce_gradients = (
             settings.requires_gradient_sync or settings.accumulate == "two_hop"

@@ -31,15 +31,14 @@ at::Tensor chunk(const at::Tensor& block, const ShardLayout& layout, int index, 
 
 }  // namespace
 
-void gather_unit(const ShardLayout& layout, const at::Tensor& block, const at::Tensor& full,
-                 const HopCommunicators& hops, Stream& stream) {
+at::Tensor own_slot(const ShardLayout& layout, const at::Tensor& block,
+                    const HopCommunicators& hops) {
+  return block.narrow(0, layout.shard_numel() * hops.slot(), layout.shard_numel());
+}
+
+std::vector<TensorPair> gather_pairs(const ShardLayout& layout, const at::Tensor& block,
+                                     const at::Tensor& full, const HopCommunicators& hops) {
   check_block(layout, block, hops);
-  if (layout.payload_numel() == 0) return;
-  if (hops.rail != nullptr) {
-    const at::Tensor own =
-        block.narrow(0, layout.shard_numel() * hops.slot(), layout.shard_numel());
-    hops.rail->all_gather(block, own, stream);
-  }
   std::vector<TensorPair> pairs;
   for (int slot = 0; slot < hops.num_nodes(); ++slot) {
     for (int i = 0; i < layout.num_parameters(); ++i) {
@@ -50,11 +49,12 @@ void gather_unit(const ShardLayout& layout, const at::Tensor& block, const at::T
                        chunk(block, layout, i, slot)});
     }
   }
-  hops.intra->all_gather(pairs, stream);
+  return pairs;
 }
 
-at::Tensor reduce_unit(const ShardLayout& layout, const std::vector<at::Tensor>& regions,
-                       const at::Tensor& block, const HopCommunicators& hops, Stream& stream) {
+std::vector<TensorPair> reduce_pairs(const ShardLayout& layout,
+                                     const std::vector<at::Tensor>& regions,
+                                     const at::Tensor& block, const HopCommunicators& hops) {
   check_block(layout, block, hops);
   std::vector<TensorPair> pairs;
   for (int slot = 0; slot < hops.num_nodes(); ++slot) {
@@ -66,11 +66,7 @@ at::Tensor reduce_unit(const ShardLayout& layout, const std::vector<at::Tensor>&
            node_rows(regions[static_cast<size_t>(i)], parameter, slot, hops.ranks_per_node())});
     }
   }
-  const at::Tensor own = block.narrow(0, layout.shard_numel() * hops.slot(), layout.shard_numel());
-  if (pairs.empty()) return own;
-  hops.intra->reduce_scatter(pairs, stream);
-  if (hops.rail != nullptr) hops.rail->reduce_scatter(own, block, stream);
-  return own;
+  return pairs;
 }
 
 }  // namespace mics

@@ -110,6 +110,13 @@ int64_t total_nbytes(const std::vector<TensorPair>& pairs, const at::Tensor Tens
   return nbytes;
 }
 
+void note_pairs(const std::vector<TensorPair>& pairs, Stream& stream) {
+  for (const TensorPair& pair : pairs) {
+    stream.note_read(pair.input);
+    stream.note_write(pair.output);
+  }
+}
+
 // A group of one: the result is the input.
 void copy_pairs(const std::vector<TensorPair>& pairs) {
   for (const TensorPair& pair : pairs) {
@@ -124,6 +131,7 @@ void copy_pairs(const std::vector<TensorPair>& pairs) {
 void Communicator::all_gather(const std::vector<TensorPair>& pairs, Stream& stream) {
   check_pairs("all_gather", pairs, /*output_is_larger=*/true);
   traffic_.calls += 1;
+  note_pairs(pairs, stream);
   if (group_.size() == 1) return stream.enqueue([pairs] { copy_pairs(pairs); });
   count_gather(total_nbytes(pairs, &TensorPair::input));
   stream.enqueue([this, pairs] { do_all_gather(pairs); });
@@ -133,6 +141,7 @@ void Communicator::reduce_scatter(const std::vector<TensorPair>& pairs, Stream& 
   check_pairs("reduce_scatter", pairs, /*output_is_larger=*/false);
   (void)accumulation_dtype(pairs.front().input.scalar_type());
   traffic_.calls += 1;
+  note_pairs(pairs, stream);
   if (group_.size() == 1) return stream.enqueue([pairs] { copy_pairs(pairs); });
   const int64_t piece_nbytes = total_nbytes(pairs, &TensorPair::output);
   count_direct(piece_nbytes, piece_nbytes);
@@ -145,6 +154,8 @@ void Communicator::all_reduce(const at::Tensor& tensor, Stream& stream) {
   (void)accumulation_dtype(tensor.scalar_type());
   traffic_.calls += 1;
   if (group_.size() == 1 || tensor.numel() == 0) return;
+  stream.note_read(tensor);
+  stream.note_write(tensor);
   // A reduce-scatter of pieces, then an all-gather of the sums.
   const int64_t piece_numel = (tensor.numel() + group_.size() - 1) / group_.size();
   const int64_t piece_nbytes = piece_numel * static_cast<int64_t>(tensor.element_size());

@@ -1,5 +1,6 @@
 #include "mics/stream.h"
 
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -96,6 +97,7 @@ class InlineStream final : public Stream {
   }
   void synchronize() override {}
   void reset() override {}
+  bool has_failed() const override { return false; }
 };
 
 class WorkerStream final : public Stream {
@@ -117,7 +119,7 @@ class WorkerStream final : public Stream {
       try {
         work();
       } catch (...) {
-        failure_ = std::current_exception();
+        fail(std::current_exception());
       }
     });
   }
@@ -133,7 +135,7 @@ class WorkerStream final : public Stream {
   void wait(const Event& event) override {
     push([this, marks = marks_of(event), mark = marks_of(event)->last()] {
       const std::exception_ptr failure = marks->wait_for(mark);
-      if (!failure_) failure_ = failure;
+      if (failure && !failure_) fail(failure);
     });
   }
 
@@ -147,12 +149,20 @@ class WorkerStream final : public Stream {
     CpuEvent end;
     push([this, marks = end.marks(), mark = end.marks()->add()] {
       failure_ = nullptr;
+      has_failed_ = false;
       marks->complete(mark, nullptr);
     });
     end.synchronize();
   }
 
+  bool has_failed() const override { return has_failed_; }
+
  private:
+  void fail(std::exception_ptr failure) {
+    failure_ = std::move(failure);
+    has_failed_ = true;
+  }
+
   void push(std::function<void()> task) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -176,6 +186,7 @@ class WorkerStream final : public Stream {
   }
 
   std::exception_ptr failure_;  // used on thread_ only
+  std::atomic<bool> has_failed_ = false;
   std::mutex mutex_;
   std::condition_variable changed_;
   // Guarded by mutex_.

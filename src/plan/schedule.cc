@@ -100,13 +100,14 @@ std::vector<Action> Schedule::enter_backward(const std::shared_ptr<Tape>& tape, 
     return event.call == call && event.kind == Tape::EventKind::kEnd;
   });
   // An entered call, or one that has been passed, needs no more than its parameters.
-  if (end != events.rend() && !end->is_entered()) {
+  const bool is_first = end != events.rend() && !end->is_entered();
+  if (is_first) {
     while (events.back().call != call) pass_last(*tape, actions);
     for (Tape::Event& event : events) {
       if (event.call == call) event.graph_task = graph_task;
     }
   }
-  actions.push_back({ActionKind::kGather, unit});
+  actions.push_back({is_first ? ActionKind::kGather : ActionKind::kGatherAgain, unit});
   unreduced_.insert(unit);
   return actions;
 }

@@ -2,10 +2,12 @@
 
 #include <ATen/ops/empty.h>
 #include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/graph_task.h>
 
 #include <algorithm>
+#include <span>
 #include <utility>
 
 #include "mics/check.h"
@@ -20,22 +22,124 @@ bool is_inside_autograd() { return torch::autograd::get_current_graph_task_id() 
 }  // namespace
 
 std::shared_ptr<Engine> Engine::create(std::vector<std::shared_ptr<Unit>> units,
-                                       Communicator* control, std::unique_ptr<Stream> stream) {
-  return std::shared_ptr<Engine>(new Engine(std::move(units), control, std::move(stream)));
+                                       Communicator* control, RuntimeStreams streams,
+                                       Depths depths) {
+  return std::shared_ptr<Engine>(new Engine(std::move(units), control, std::move(streams), depths));
 }
 
 Engine::Engine(std::vector<std::shared_ptr<Unit>> units, Communicator* control,
-               std::unique_ptr<Stream> stream)
+               RuntimeStreams streams, Depths depths)
     : units_(std::move(units)),
       control_(control),
-      stream_(std::move(stream)),
+      depths_(depths),
+      streams_(std::move(streams)),
       schedule_(static_cast<int>(units_.size())),
+      gathers_(units_, streams_),
+      reduces_(units_, depths_, streams_),
+      flags_summed_(streams_.replicate->make_event()),
+      forward_prefetch_(units_.size()),
       backward_prefetch_(units_.size()),
+      forward_orders_(units_.size()),
+      backward_orders_(units_.size()),
       open_calls_(units_.size()) {}
+
+// Queued work uses the units' tensors: the streams end first.
+Engine::~Engine() { streams_ = RuntimeStreams(); }
+
+Engine::MemoryKey Engine::memory_key() const {
+  MemoryKey key;
+  for (const std::shared_ptr<Unit>& unit : units_) {
+    key.push_back({unit->keeps_full(), unit->keeps_block(), unit->accumulates_block()});
+  }
+  return key;
+}
+
+void Engine::ensure_memory() {
+  if (memory_ == nullptr) {
+    memory_ = std::make_unique<RuntimeMemory>(units_, depths_, *streams_.compute);
+    memory_key_ = memory_key();
+    gathers_.set_memory(memory_.get());
+    reduces_.set_memory(memory_.get());
+  }
+  gathers_.order_after_shard_writes();
+}
+
+// Only while no module holds full parameters and no gradient block holds a sum.
+void Engine::drop_memory() {
+  for (Stream* stream : streams_.communication()) stream->synchronize();
+  gathers_.reset();
+  memory_ = nullptr;
+}
+
+void Engine::release_memory() {
+  MICS_CHECK(!gathers_.holds_any() && unfinished_units().empty(),
+             "memory can only be released between steps: a unit is unsharded, or an accumulation "
+             "is under way. Call reshard(), finish the step, or call reset().");
+  drop_memory();
+}
+
+const RuntimeMemory& Engine::memory() {
+  ensure_memory();
+  return *memory_;
+}
+
+void Engine::begin_phase(std::vector<UseOrder>& orders) {
+  phase_orders_ = &orders;
+  order_ = nullptr;
+}
+
+void Engine::end_phase() {
+  if (order_ != nullptr && !order_->end()) {
+    ++num_order_changes_;
+    gathers_.drop_unused();
+  }
+  phase_orders_ = nullptr;
+  order_ = nullptr;
+}
+
+void Engine::use(int unit) {
+  if (order_ == nullptr && phase_orders_ != nullptr) {
+    order_ = &(*phase_orders_)[static_cast<size_t>(unit)];
+    order_->begin();
+  }
+  if (order_ != nullptr && !order_->note(unit)) {
+    ++num_order_changes_;
+    gathers_.drop_unused();
+  }
+  // First what is needed now; then what comes, so that it moves while this one is waited for.
+  MICS_INTERNAL_CHECK(gathers_.start_intra(unit, /*may_grow=*/true), "no memory for a gather.");
+  gather_ahead(unit);
+  gathers_.finish(unit);
+}
+
+void Engine::gather_ahead(int unit) {
+  const std::vector<std::vector<int>>& lists =
+      phase_orders_ == &backward_orders_ ? backward_prefetch_ : forward_prefetch_;
+  const std::vector<int>& explicit_list = lists[static_cast<size_t>(unit)];
+  if (!explicit_list.empty()) {
+    for (const int ahead : explicit_list) prefetch(ahead);
+    return;
+  }
+  if (order_ == nullptr) return;
+  for (const int ahead : order_->upcoming(depths_.intra)) {
+    if (!gathers_.start_intra(ahead, /*may_grow=*/false)) return;
+  }
+  for (const int ahead : order_->upcoming(depths_.rail)) {
+    if (!gathers_.start_rail(ahead, /*may_grow=*/false)) return;
+  }
+}
+
+void Engine::rest(int unit, Residency residency) {
+  const std::span<const int> next =
+      order_ == nullptr ? std::span<const int>() : order_->upcoming(depths_.intra);
+  if (residency != Residency::kFull && std::find(next.begin(), next.end(), unit) != next.end()) {
+    return gathers_.keep(unit);
+  }
+  gathers_.reshard(unit, residency);
+}
 
 void Engine::pre_forward(int unit) {
   OpenCall open;
-  open.is_entered = std::make_shared<bool>(false);
   open.is_recomputation = is_inside_autograd();
   if (open.is_recomputation) {
     begin_backward();
@@ -48,20 +152,60 @@ void Engine::pre_forward(int unit) {
       run(actions);
     }
   } else {
-    // A backward that threw leaves half of its gradients behind; a new forward starts afresh.
-    if (forward_depth_ == 0 && backward_died()) reset();
+    if (forward_depth_ == 0) begin_forward();
     ++forward_depth_;
     if (!forward_tape_) forward_tape_ = schedule_.new_tape();
     open.tape = forward_tape_;
     if (c10::GradMode::is_enabled()) open.call = schedule_.begin_call(*open.tape, unit);
   }
+  const bool is_recomputation = open.is_recomputation;
   open_calls_[static_cast<size_t>(unit)].push_back(std::move(open));
-  units_[static_cast<size_t>(unit)]->unshard(scratch_, *stream_);
+  if (is_recomputation && units_[static_cast<size_t>(unit)]->is_unsharded()) {
+    gathers_.finish(unit);
+  } else {
+    use(unit);
+  }
 }
 
-void Engine::unshard(int unit) { units_[static_cast<size_t>(unit)]->unshard(scratch_, *stream_); }
+// The outermost forward begins.
+void Engine::begin_forward() {
+  // A backward that threw leaves half of its gradients behind, a collective that threw a stream
+  // that drops its work; a new forward starts afresh.
+  if (backward_died() || has_failed()) reset();
+  if (memory_ != nullptr && !gathers_.holds_any() && !reduces_.holds_block() &&
+      memory_key() != memory_key_) {
+    drop_memory();
+  }
+  ensure_memory();
+  begin_phase(forward_orders_);
+}
 
-void Engine::reshard(int unit) { units_[static_cast<size_t>(unit)]->reshard(/*release=*/true); }
+bool Engine::has_failed() const {
+  const std::vector<Stream*> streams = streams_.communication();
+  return std::any_of(streams.begin(), streams.end(),
+                     [](const Stream* stream) { return stream->has_failed(); });
+}
+
+void Engine::unshard(int unit) {
+  ensure_memory();
+  gathers_.finish(unit);
+}
+
+void Engine::prefetch(int unit) {
+  ensure_memory();
+  MICS_INTERNAL_CHECK(gathers_.start_intra(unit, /*may_grow=*/true), "no memory for a gather.");
+  gathers_.retain(unit);
+}
+
+void Engine::reshard(int unit) { gathers_.reshard(unit, Residency::kShard); }
+
+void Engine::set_forward_prefetch(int unit, std::vector<int> ahead) {
+  forward_prefetch_[static_cast<size_t>(unit)] = std::move(ahead);
+}
+
+void Engine::set_backward_prefetch(int unit, std::vector<int> ahead) {
+  backward_prefetch_[static_cast<size_t>(unit)] = std::move(ahead);
+}
 
 void Engine::watch_outputs(int unit, const std::vector<at::Tensor>& outputs) {
   if (open_calls_[static_cast<size_t>(unit)].empty()) return;
@@ -92,9 +236,13 @@ void Engine::post_forward(int unit, bool failed) {
   // Inside backward the schedule alone reshards: the recomputed forward's backward is still to
   // come.
   if (open.is_recomputation) return;
-  Unit& resharded = *units_[static_cast<size_t>(unit)];
-  resharded.reshard(failed || resharded.settings().reshard_after_forward);
-  if (--forward_depth_ == 0) forward_tape_ = nullptr;
+  const ResidencySettings& residency = units_[static_cast<size_t>(unit)]->settings().residency;
+  rest(unit, failed ? Residency::kShard
+                    : std::max(residency.after_forward, residency.between_microsteps));
+  if (--forward_depth_ == 0) {
+    forward_tape_ = nullptr;
+    end_phase();
+  }
 }
 
 bool Engine::backward_died() const {
@@ -105,9 +253,11 @@ void Engine::begin_backward() {
   if (!backward_alive_.expired()) return;
   if (backward_died()) {
     // No forward came between: only what the dead backward left is dropped.
-    for (const std::shared_ptr<Unit>& unit : units_) unit->reset();
+    reset_pipelines();
     (void)schedule_.finish_backward();
   }
+  ensure_memory();
+  begin_phase(backward_orders_);
   const auto alive = std::make_shared<int>(0);
   backward_alive_ = alive;
   backward_started_ = true;
@@ -122,40 +272,43 @@ void Engine::enter_backward(const OpenCall& entered, int unit) {
   begin_backward();
   run(schedule_.enter_backward(entered.tape, entered.call, unit,
                                torch::autograd::get_current_graph_task_id()));
-  if (*entered.is_entered) return;
-  *entered.is_entered = true;
-  for (const int ahead : backward_prefetch_[static_cast<size_t>(unit)]) unshard(ahead);
-}
-
-void Engine::set_backward_prefetch(int unit, std::vector<int> ahead) {
-  backward_prefetch_[static_cast<size_t>(unit)] = std::move(ahead);
 }
 
 void Engine::run(const std::vector<Action>& actions) {
   for (const Action& action : actions) {
-    Unit& unit = *units_[static_cast<size_t>(action.unit)];
+    const Unit& unit = *units_[static_cast<size_t>(action.unit)];
     switch (action.kind) {
       case ActionKind::kGather:
-        if (unit.settings().unshard_in_backward) unit.unshard(scratch_, *stream_);
+        if (unit.settings().unshard_in_backward) {
+          use(action.unit);
+        } else {
+          gather_ahead(action.unit);
+        }
+        break;
+      case ActionKind::kGatherAgain:
+        if (unit.settings().unshard_in_backward) gathers_.finish(action.unit);
         break;
       case ActionKind::kReduce:
-        reduce(unit);
+        reduce(action.unit);
         break;
       case ActionKind::kReshard:
-        unit.reshard(unit.settings().reshard_after_backward);
+        rest(action.unit, unit.settings().residency.between_microsteps);
         break;
     }
   }
 }
 
-void Engine::reduce(Unit& unit) {
+void Engine::reduce(int index) {
+  Unit& unit = *units_[static_cast<size_t>(index)];
   if (!unit.settings().reduce_gradients) return unit.defer_reduce();
-  unit.reduce(scratch_, *stream_);
-  if (unit.settings().synchronize_gradients) unit.synchronize(*stream_);
+  reduces_.reduce(index);
+  if (unit.settings().synchronize_gradients) reduces_.synchronize(index);
 }
 
 void Engine::finish_backward() {
+  ensure_memory();
   run(schedule_.finish_backward());
+  if (phase_orders_ == &backward_orders_) end_phase();
   recomputation_tape_ = nullptr;
   backward_started_ = false;
   synchronize_pending();
@@ -165,42 +318,62 @@ void Engine::finish_backward() {
 // makes the gradients visible.
 void Engine::synchronize_pending() {
   int64_t num_flags = 0;
-  std::vector<Unit*> finished;
-  for (auto it = units_.rbegin(); it != units_.rend(); ++it) {
-    Unit& unit = **it;
-    if (!unit.settings().reduce_gradients || !unit.settings().synchronize_gradients) continue;
-    if (unit.is_deferred()) unit.reduce(scratch_, *stream_);
-    unit.synchronize(*stream_);
-    if (!unit.has_hidden_gradient()) continue;
-    finished.push_back(&unit);
-    num_flags += unit.num_trainable();
+  std::vector<int> finished;
+  for (int index = num_units() - 1; index >= 0; --index) {
+    Unit& synchronized = unit(index);
+    const UnitSettings& settings = synchronized.settings();
+    if (!settings.reduce_gradients || !settings.synchronize_gradients) continue;
+    if (synchronized.is_deferred()) reduces_.reduce(index);
+    reduces_.synchronize(index);
+    if (!synchronized.hidden().defined()) continue;
+    finished.push_back(index);
+    num_flags += synchronized.num_trainable();
   }
   if (finished.empty()) return;
   // A parameter that no rank used keeps `.grad` None, as in one process; one that some rank used
   // has a gradient on all. One small reduction tells.
-  at::Tensor flags = at::empty({num_flags}, at::kLong);
-  auto* flag = flags.mutable_data_ptr<int64_t>();
-  for (const Unit* unit : finished) {
-    for (const bool is_used : unit->used()) *flag++ = is_used ? 1 : 0;
+  const std::vector<bool> used = sum_flags(finished, num_flags);
+  for (const int index : finished) reduces_.wait(index);
+  auto flag = used.begin();
+  for (const int index : finished) {
+    const auto last = flag + unit(index).num_trainable();
+    unit(index).expose(std::vector<bool>(flag, last));
+    flag = last;
   }
-  if (control_ != nullptr) {
-    // The transport of the control group is that of the shards.
-    const at::Tensor on_device = flags.to(finished.front()->device());
-    control_->all_reduce(on_device, *stream_);
-    flags = on_device.to(at::kCPU);
+}
+
+// Which trainable parameters of `finished` had a gradient on any rank.
+std::vector<bool> Engine::sum_flags(const std::vector<int>& finished, int64_t num_flags) {
+  std::vector<bool> used;
+  for (const int index : finished) {
+    used.insert(used.end(), unit(index).used().begin(), unit(index).used().end());
   }
-  flag = flags.mutable_data_ptr<int64_t>();
-  for (Unit* unit : finished) {
-    std::vector<bool> is_used;
-    for (int i = 0; i < unit->num_trainable(); ++i) is_used.push_back(*flag++ > 0);
-    unit->expose(is_used);
+  if (control_ == nullptr) return used;
+  streams_.compute->wait(*flags_summed_);  // of the last boundary
+  // The transport of the control group is that of the shards.
+  const at::Device device = units_.front()->device();
+  if (!flags_.defined() || flags_.numel() != num_flags) {
+    const c10::InferenceMode no_inference(false);
+    flags_ = at::empty({num_flags}, at::TensorOptions().dtype(at::kLong).device(device));
   }
+  at::Tensor on_host = device.is_cpu() ? flags_ : at::empty({num_flags}, at::kLong);
+  std::copy(used.begin(), used.end(), on_host.mutable_data_ptr<int64_t>());
+  if (!device.is_cpu()) flags_.copy_(on_host);
+  control_->all_reduce(flags_, *streams_.replicate);
+  streams_.replicate->record(*flags_summed_);
+  // Used here is used somewhere: nothing to wait for.
+  if (std::find(used.begin(), used.end(), false) == used.end()) return used;
+  streams_.compute->wait(*flags_summed_);
+  on_host = flags_.to(at::kCPU);
+  const auto* flag = on_host.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < num_flags; ++i) used[static_cast<size_t>(i)] = flag[i] > 0;
+  return used;
 }
 
 std::vector<std::string> Engine::unfinished_units() const {
   std::vector<std::string> names;
   for (const std::shared_ptr<Unit>& unit : units_) {
-    if (unit->has_pending() || unit->has_hidden_gradient() || unit->has_full_gradient()) {
+    if (unit->has_pending() || unit->hidden().defined() || unit->has_full_gradient()) {
       names.push_back(unit->name());
     }
   }
@@ -213,6 +386,16 @@ bool Engine::matches_requires_grad() const {
   });
 }
 
+void Engine::drop_gradients(int unit) { reduces_.drop(unit); }
+
+void Engine::reset_pipelines() {
+  for (Stream* stream : streams_.communication()) stream->reset();
+  gathers_.reset();
+  reduces_.reset();
+  flags_summed_ = streams_.replicate->make_event();
+  memory_ = nullptr;
+}
+
 void Engine::reset() {
   schedule_.reset();
   for (std::vector<OpenCall>& calls : open_calls_) calls.clear();
@@ -221,7 +404,9 @@ void Engine::reset() {
   recomputation_tape_ = nullptr;
   backward_alive_.reset();
   backward_started_ = false;
-  for (const std::shared_ptr<Unit>& unit : units_) unit->reset();
+  phase_orders_ = nullptr;
+  order_ = nullptr;
+  reset_pipelines();
 }
 
 }  // namespace mics

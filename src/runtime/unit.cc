@@ -19,15 +19,6 @@ int64_t layout_alignment(at::ScalarType parameter_dtype, at::ScalarType reduce_d
   return static_cast<int64_t>(16 / narrowest);
 }
 
-at::Tensor Scratch::take(Purpose purpose, int64_t numel, at::ScalarType dtype, at::Device device) {
-  at::Tensor& memory = purpose == Purpose::kBlock ? block_ : regions_;
-  const int64_t nbytes = numel * static_cast<int64_t>(c10::elementSize(dtype));
-  if (!memory.defined() || memory.numel() < nbytes || memory.device() != device) {
-    memory = at::empty({nbytes}, at::TensorOptions().dtype(at::kByte).device(device));
-  }
-  return memory.narrow(0, 0, nbytes).view(dtype);
-}
-
 namespace {
 
 std::vector<ParameterShape> shapes_of(const std::vector<UnitParameter>& parameters,
@@ -44,6 +35,18 @@ ShardLayout layout_of(const UnitOptions& options, bool only_trainable) {
                      layout_alignment(options.parameter_dtype, options.reduce_dtype));
 }
 
+// One rank and one dtype: the shard has every row where the full parameters want it.
+bool is_full(const ShardLayout& layout, const UnitOptions& options) {
+  if (options.partition_size != 1 || options.shard.scalar_type() != options.parameter_dtype ||
+      layout.full_numel() != layout.shard_numel()) {
+    return false;
+  }
+  for (int i = 0; i < layout.num_parameters(); ++i) {
+    if (layout.parameter(i).region_offset != layout.parameter(i).shard_offset) return false;
+  }
+  return true;
+}
+
 at::Tensor chunk_of(const at::Tensor& buffer, const ParameterLayout& parameter) {
   return buffer.narrow(0, parameter.shard_offset, parameter.chunk_numel);
 }
@@ -55,6 +58,7 @@ Unit::Unit(UnitOptions options, UnitCommunicators communicators)
       communicators_(communicators),
       layout_(layout_of(options_, /*only_trainable=*/false)),
       gradient_layout_(layout_of(options_, /*only_trainable=*/true)),
+      full_is_shard_(is_full(layout_, options_)),
       full_(layout_.full_numel(), options_.parameter_dtype, options_.shard.device(),
             options_.name) {
   for (int i = 0; i < layout_.num_parameters(); ++i) {
@@ -99,111 +103,109 @@ bool Unit::matches_requires_grad() const {
                      });
 }
 
-void Unit::unshard(Scratch& scratch, Stream& stream) {
-  const int64_t version = shard_version();
-  const bool is_current = full_.is_attached() && gathered_version_ == version;
-  if (!is_current) {
-    // Buffers made here outlive an inference mode of the caller.
-    const c10::InferenceMode no_inference(false);
-    const c10::NoGradGuard no_grad;
-    const bool was_attached = full_.is_attached();
-    full_.attach();
-    try {
-      const HopCommunicators& hops = communicators_.gather;
-      const int64_t shard_numel = layout_.shard_numel();
-      at::Tensor block = options_.shard;
-      if (hops.num_nodes() > 1 || block.scalar_type() != options_.parameter_dtype) {
-        block = scratch.take(Scratch::Purpose::kBlock, hops.num_nodes() * shard_numel,
-                             options_.parameter_dtype, block.device());
-        block.narrow(0, shard_numel * hops.slot(), shard_numel).copy_(options_.shard);
-      }
-      gather_unit(layout_, block, full_.view(0, {layout_.full_numel()}), hops, stream);
-    } catch (...) {
-      if (!was_attached) full_.detach();
-      throw;
+bool Unit::has_block() const {
+  return num_nodes() > 1 || (options_.shard.scalar_type() != options_.parameter_dtype);
+}
+
+int64_t Unit::block_nbytes() const {
+  if (!has_block()) return 0;
+  return num_nodes() * layout_.shard_numel() *
+         static_cast<int64_t>(c10::elementSize(options_.parameter_dtype));
+}
+
+bool Unit::keeps_full() const {
+  const ResidencySettings& residency = settings_.residency;
+  return options_.is_outer || residency.after_forward == Residency::kFull ||
+         residency.between_microsteps == Residency::kFull;
+}
+
+bool Unit::keeps_block() const {
+  const ResidencySettings& residency = settings_.residency;
+  return residency.after_forward == Residency::kBlock ||
+         residency.between_microsteps == Residency::kBlock;
+}
+
+bool Unit::accumulates_block() const {
+  return communicators_.reduce.num_nodes() > 1 &&
+         settings_.residency.gradient_accumulation == Residency::kBlock;
+}
+
+int64_t Unit::packed_gradient_numel() const {
+  const bool casts = options_.parameter_dtype != options_.reduce_dtype;
+  int64_t numel = 0;
+  for (int i = 0; i < gradient_layout_.num_parameters(); ++i) {
+    const ParameterLayout& parameter = gradient_layout_.parameter(i);
+    if (casts || parameter.numel() != parameter.region_numel) numel += parameter.region_numel;
+  }
+  return numel;
+}
+
+void Unit::note_gathered(int64_t version) {
+  if (gathered_version_.has_value() && gathered_version_ != version) {
+    for (const at::Tensor& parameter : full_parameters_) {
+      parameter.unsafeGetTensorImpl()->bump_version();
     }
-    // Writing the buffer moved no version counter of the full parameters. When their values
-    // changed, a graph recorded over the old ones must not run backward silently.
-    if (gathered_version_.has_value() && gathered_version_ != version) {
-      for (const at::Tensor& parameter : full_parameters_) {
-        parameter.unsafeGetTensorImpl()->bump_version();
-      }
-    }
-    gathered_version_ = version;
   }
-  if (!module_holds_full_) {
-    if (exchange_) exchange_(true);
-    module_holds_full_ = true;
-  }
+  gathered_version_ = version;
 }
 
-void Unit::reshard(bool release) {
-  if (module_holds_full_) {
-    if (exchange_) exchange_(false);
-    module_holds_full_ = false;
-  }
-  if (release) full_.detach();
+void Unit::exchange(bool full) {
+  if (module_holds_full_ == full) return;
+  if (exchange_) exchange_(full);
+  module_holds_full_ = full;
 }
 
-// The gradient of a trainable parameter as [region_numel] in the reduce dtype: the tensor of
-// autograd itself where its shape and dtype permit, else the next piece of `packed`.
-at::Tensor Unit::gradient_region(int trainable_index, at::Tensor& packed) const {
-  const ParameterLayout& parameter = gradient_layout_.parameter(trainable_index);
-  const size_t index = static_cast<size_t>(trainable_[static_cast<size_t>(trainable_index)]);
-  const at::Tensor& gradient = full_parameters_[index].grad();
-  if (gradient.defined() && gradient.is_contiguous() &&
-      gradient.scalar_type() == options_.reduce_dtype &&
-      gradient.numel() == parameter.region_numel) {
-    return gradient.view({-1});
-  }
-  const at::Tensor region = packed.narrow(0, parameter.region_offset, parameter.region_numel);
-  if (gradient.defined()) {
-    region.narrow(0, 0, parameter.numel()).view(gradient.sizes()).copy_(gradient);
-    region.narrow(0, parameter.numel(), parameter.region_numel - parameter.numel()).zero_();
-  } else {
-    region.zero_();
-  }
-  return region;
+// Whether autograd's own tensor can be reduced where it is.
+bool Unit::fits_region(const at::Tensor& gradient, int64_t region_numel) const {
+  return gradient.defined() && gradient.is_contiguous() &&
+         gradient.scalar_type() == options_.reduce_dtype && gradient.numel() == region_numel;
 }
 
-void Unit::reduce(Scratch& scratch, Stream& stream) {
+std::vector<at::Tensor> Unit::take_full_gradients(const std::function<at::Tensor(int64_t)>& pack) {
   is_deferred_ = false;
-  if (trainable_.empty()) return;
-  const c10::InferenceMode no_inference(false);
-  const c10::NoGradGuard no_grad;
-  const HopCommunicators& hops = communicators_.reduce;
-  const at::Device device = options_.shard.device();
-  at::Tensor packed = scratch.take(Scratch::Purpose::kRegions, gradient_layout_.full_numel(),
-                                   options_.reduce_dtype, device);
   std::vector<at::Tensor> regions;
+  int64_t packed_numel = 0;
   for (int i = 0; i < num_trainable(); ++i) {
-    const at::Tensor& parameter =
-        full_parameters_[static_cast<size_t>(trainable_[static_cast<size_t>(i)])];
-    const at::Tensor& gradient = parameter.grad();
-    if (gradient.defined()) {
-      MICS_CHECK(gradient.layout() == at::kStrided,
-                 "gradients must be dense: got a sparse gradient of \"",
-                 options_.parameters[static_cast<size_t>(trainable_[static_cast<size_t>(i)])].name,
-                 "\" (unit \"", name(), "\"). Use sparse=False in the embedding.");
-      used_[static_cast<size_t>(i)] = true;
+    const auto index = static_cast<size_t>(trainable_[static_cast<size_t>(i)]);
+    const at::Tensor& gradient = full_parameters_[index].grad();
+    MICS_CHECK(!gradient.defined() || gradient.layout() == at::kStrided,
+               "gradients must be dense: got a sparse gradient of \"",
+               options_.parameters[index].name, "\" (unit \"", name(),
+               "\"). Use sparse=False in the embedding.");
+    const int64_t region_numel = gradient_layout_.parameter(i).region_numel;
+    if (!fits_region(gradient, region_numel)) packed_numel += region_numel;
+  }
+  const at::Tensor packed = packed_numel == 0 ? at::Tensor() : pack(packed_numel);
+  int64_t offset = 0;
+  for (int i = 0; i < num_trainable(); ++i) {
+    const auto index = static_cast<size_t>(trainable_[static_cast<size_t>(i)]);
+    const ParameterLayout& parameter = gradient_layout_.parameter(i);
+    at::Tensor gradient = std::move(full_parameters_[index].mutable_grad());
+    full_parameters_[index].mutable_grad().reset();
+    if (gradient.defined()) used_[static_cast<size_t>(i)] = true;
+    if (fits_region(gradient, parameter.region_numel)) {
+      regions.push_back(gradient.view({-1}));
+      continue;
     }
-    regions.push_back(gradient_region(i, packed));
+    const at::Tensor region = packed.narrow(0, offset, parameter.region_numel);
+    offset += parameter.region_numel;
+    const int64_t numel = gradient.defined() ? parameter.numel() : 0;
+    if (gradient.defined()) region.narrow(0, 0, numel).view(gradient.sizes()).copy_(gradient);
+    region.narrow(0, numel, parameter.region_numel - numel).zero_();
+    regions.push_back(region);
   }
-  const int64_t block_numel = hops.num_nodes() * gradient_layout_.shard_numel();
-  const at::Tensor block =
-      scratch.take(Scratch::Purpose::kBlock, block_numel, options_.reduce_dtype, device);
-  // The alignment gaps travel over the rails with the chunks and must hold numbers.
-  if (gradient_layout_.payload_numel() != gradient_layout_.shard_numel()) block.zero_();
-  const at::Tensor own = reduce_unit(gradient_layout_, regions, block, hops, stream);
+  return regions;
+}
 
-  if (pending_.defined()) {
-    pending_.add_(own);
-  } else {
-    pending_ = free_accumulation_buffer();
-    pending_.copy_(own);
-  }
-  for (const int index : trainable_)
-    full_parameters_[static_cast<size_t>(index)].mutable_grad().reset();
+const at::Tensor& Unit::new_pending() {
+  pending_ = free_accumulation_buffer();
+  return pending_;
+}
+
+void Unit::hide_pending() {
+  MICS_INTERNAL_CHECK(!hidden_.defined(), "unit \"", name(), "\" hides two gradients.");
+  hidden_ = std::move(pending_);
+  pending_.reset();
 }
 
 // Memory that neither a visible gradient nor hidden_ uses.
@@ -220,25 +222,12 @@ at::Tensor Unit::free_accumulation_buffer() {
   return separate_;
 }
 
-void Unit::synchronize(Stream& stream) {
-  if (!pending_.defined()) return;
-  const c10::NoGradGuard no_grad;
-  if (communicators_.replicate != nullptr) communicators_.replicate->all_reduce(pending_, stream);
-  if (settings_.gradient_factor != 1.0) pending_.mul_(settings_.gradient_factor);
-  if (hook_) hook_(pending_);
-  if (hidden_.defined()) {
-    hidden_.add_(pending_);
-  } else {
-    hidden_ = pending_;
-  }
-  pending_.reset();
-}
-
 void Unit::expose(const std::vector<bool>& is_used) {
   MICS_INTERNAL_CHECK(is_used.size() == trainable_.size(), "unit \"", name(), "\" has ",
                       trainable_.size(), " trainable parameters, not ", is_used.size(), ".");
   if (!hidden_.defined()) return;
   const c10::NoGradGuard no_grad;
+  if (hook_) hook_(hidden_);
   const bool is_home = hidden_.is_same(options_.gradient);
   for (int i = 0; i < num_trainable(); ++i) {
     if (!is_used[static_cast<size_t>(i)]) continue;
@@ -283,13 +272,9 @@ void Unit::drop_gradients() {
     full_parameters_[static_cast<size_t>(index)].mutable_grad().reset();
   is_deferred_ = false;
   pending_.reset();
+  has_pending_block_ = false;
   hidden_.reset();
   used_.assign(trainable_.size(), false);
-}
-
-void Unit::reset() {
-  drop_gradients();
-  reshard(/*release=*/true);
 }
 
 }  // namespace mics

@@ -36,14 +36,12 @@ FullBuffer::FullBuffer(int64_t numel, at::ScalarType dtype, at::Device device, s
   detach();
 }
 
-void FullBuffer::attach() {
-  if (is_attached_) return;
-  // The tensor only lends its memory: the DataPtr moves over, so no copy is made.
-  const at::Tensor memory =
-      at::empty({nbytes_}, at::TensorOptions().dtype(at::kByte).device(device_));
+void FullBuffer::attach(const at::Tensor& memory) {
+  MICS_INTERNAL_CHECK(static_cast<int64_t>(memory.nbytes()) >= nbytes_, "unit \"", name_, "\" got ",
+                      memory.nbytes(), " bytes for ", nbytes_, ".");
   c10::StorageImpl* storage = storage_.unsafeGetStorageImpl();
   storage->*throw_flag() = false;
-  storage->set_data_ptr_noswap(memory.storage().set_data_ptr(at::DataPtr(nullptr, device_)));
+  storage->set_data_ptr_noswap(at::DataPtr(memory.mutable_data_ptr(), device_));  // no deleter
   is_attached_ = true;
 }
 

@@ -8,10 +8,11 @@ namespace {
 
 TEST(FullBuffer, ViewsFollowTheMemory) {
   FullBuffer buffer(6, at::kFloat, at::kCPU, "blocks.0");
+  const at::Tensor memory = at::empty({6});
   const at::Tensor first = buffer.view(0, {2, 2});
   const at::Tensor second = buffer.view(4, {2});
   for (const float value : {1.0F, 2.0F}) {
-    buffer.attach();
+    buffer.attach(memory);
     buffer.view(0, {6}).fill_(value);
     EXPECT_TRUE(at::equal(first, at::full({2, 2}, value)));
     EXPECT_TRUE(at::equal(second, at::full({2}, value)));
@@ -21,6 +22,7 @@ TEST(FullBuffer, ViewsFollowTheMemory) {
 
 TEST(FullBuffer, UseWhileDetachedRaisesWithTheUnitsName) {
   FullBuffer buffer(4, at::kFloat, at::kCPU, "blocks.0");
+  const at::Tensor memory = at::empty({4});
   const at::Tensor view = buffer.view(0, {4});
   const auto expect_raises = [&](const std::function<void()>& use) {
     try {
@@ -37,7 +39,7 @@ TEST(FullBuffer, UseWhileDetachedRaisesWithTheUnitsName) {
     expect_raises([&] { (void)at::cat({view, view}); });
     expect_raises([&] { (void)view.view({2, 2}).mm(at::ones({2, 2})); });
     expect_raises([&] { view.zero_(); });
-    buffer.attach();
+    buffer.attach(memory);
     view.zero_();
     buffer.detach();
   }
@@ -47,14 +49,15 @@ TEST(FullBuffer, WritingOneViewMovesNoVersionOfAnother) {
   FullBuffer buffer(4, at::kFloat, at::kCPU, "u");
   const at::Tensor saved = buffer.view(0, {4});
   const int64_t before = saved._version();
-  buffer.attach();
+  const at::Tensor memory = at::empty({4});
+  buffer.attach(memory);
   buffer.view(0, {4}).fill_(3.0);
   EXPECT_EQ(saved._version(), before);
 }
 
 TEST(FullBuffer, EmptyBufferCanBeAttached) {
   FullBuffer buffer(0, at::kFloat, at::kCPU, "u");
-  buffer.attach();
+  buffer.attach(at::empty({0}));
   EXPECT_TRUE(buffer.is_attached());
   EXPECT_EQ(buffer.view(0, {0, 3}).numel(), 0);
 }

@@ -9,6 +9,7 @@ namespace mics {
 namespace {
 
 constexpr ActionKind kGather = ActionKind::kGather;
+constexpr ActionKind kGatherAgain = ActionKind::kGatherAgain;
 constexpr ActionKind kReduce = ActionKind::kReduce;
 constexpr ActionKind kReshard = ActionKind::kReshard;
 using Actions = std::vector<Action>;
@@ -94,7 +95,7 @@ TEST(Schedule, SecondOutputOfACallChangesNothing) {
   const std::vector<int64_t> calls = record_chain(schedule, *tape, 1);
   (void)schedule.enter_backward(tape, calls[0], 0, 1);
   (void)schedule.enter_backward(tape, calls[1], 1, 1);
-  EXPECT_EQ(schedule.enter_backward(tape, calls[1], 1, 1), (Actions{{kGather, 1}}));
+  EXPECT_EQ(schedule.enter_backward(tape, calls[1], 1, 1), (Actions{{kGatherAgain, 1}}));
   EXPECT_EQ(only(schedule.finish_backward(), kReduce), (Actions{{kReduce, 1}, {kReduce, 0}}));
 }
 
@@ -194,7 +195,7 @@ TEST(Schedule, GradientAfterTheCallWasPassedIsReducedAgain) {
   const std::vector<int64_t> calls = record_chain(schedule, *tape, 2);
   (void)schedule.enter_backward(tape, calls[2], 2, 1);
   (void)schedule.enter_backward(tape, calls[1], 1, 1);
-  EXPECT_EQ(schedule.enter_backward(tape, calls[2], 2, 1), (Actions{{kGather, 2}}));
+  EXPECT_EQ(schedule.enter_backward(tape, calls[2], 2, 1), (Actions{{kGatherAgain, 2}}));
   const Actions reduced = only(schedule.finish_backward(), kReduce);
   EXPECT_EQ(std::count(reduced.begin(), reduced.end(), Action{kReduce, 2}), 1);
 }

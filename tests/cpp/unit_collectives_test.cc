@@ -60,6 +60,20 @@ at::Tensor shard_of(const ShardLayout& layout, int rank) {
   return shard;
 }
 
+void gather(const ShardLayout& layout, const at::Tensor& block, const at::Tensor& full,
+            const HopCommunicators& hops, Stream& stream) {
+  if (hops.rail != nullptr) hops.rail->all_gather(block, own_slot(layout, block, hops), stream);
+  hops.intra->all_gather(gather_pairs(layout, block, full, hops), stream);
+}
+
+at::Tensor reduce(const ShardLayout& layout, const std::vector<at::Tensor>& regions,
+                  const at::Tensor& block, const HopCommunicators& hops, Stream& stream) {
+  hops.intra->reduce_scatter(reduce_pairs(layout, regions, block, hops), stream);
+  const at::Tensor own = own_slot(layout, block, hops);
+  if (hops.rail != nullptr) hops.rail->reduce_scatter(own, block, stream);
+  return own;
+}
+
 TEST_P(UnitCollectives, GatherPutsEveryRowInNaturalOrder) {
   on_ranks([&](int rank, LocalHops& hops, Stream& stream) {
     const ShardLayout unit = layout();
@@ -67,7 +81,7 @@ TEST_P(UnitCollectives, GatherPutsEveryRowInNaturalOrder) {
     block.narrow(0, hops.hops().slot() * unit.shard_numel(), unit.shard_numel())
         .copy_(shard_of(unit, rank));
     const at::Tensor full = at::full({unit.full_numel()}, -1.0);
-    gather_unit(unit, block, full, hops.hops(), stream);
+    gather(unit, block, full, hops.hops(), stream);
     for (int i = 0; i < unit.num_parameters(); ++i) {
       const at::Tensor expected = full_parameter(i);
       const at::Tensor got = full.narrow(0, unit.parameter(i).region_offset, expected.numel());
@@ -92,8 +106,7 @@ TEST_P(UnitCollectives, ReduceGivesEachRankItsRowsOfTheSum) {
   on_ranks([&](int rank, LocalHops& hops, Stream& stream) {
     const ShardLayout unit = layout();
     const at::Tensor block = at::zeros({num_hop_nodes() * unit.shard_numel()});
-    const at::Tensor own =
-        reduce_unit(unit, gradient_regions(unit, rank), block, hops.hops(), stream);
+    const at::Tensor own = reduce(unit, gradient_regions(unit, rank), block, hops.hops(), stream);
     for (int i = 0; i < unit.num_parameters(); ++i) {
       at::Tensor sum = at::zeros({unit.parameter(i).region_numel});
       for (int other = 0; other < partition_size(); ++other) {
@@ -115,9 +128,9 @@ TEST_P(UnitCollectives, BytesEqualTheFormulas) {
     on_ranks([&](int rank, LocalHops& hops, Stream& stream) {
       const at::Tensor block = at::zeros({num_hop_nodes() * unit.shard_numel()});
       if (is_gather) {
-        gather_unit(unit, block, at::zeros({unit.full_numel()}), hops.hops(), stream);
+        gather(unit, block, at::zeros({unit.full_numel()}), hops.hops(), stream);
       } else {
-        (void)reduce_unit(unit, gradient_regions(unit, rank), block, hops.hops(), stream);
+        (void)reduce(unit, gradient_regions(unit, rank), block, hops.hops(), stream);
       }
       rails[static_cast<size_t>(rank)] = hops.rail();
       intras[static_cast<size_t>(rank)] = hops.intra();

@@ -1,0 +1,104 @@
+// GatherPipeline: brings units' full parameters where modules use them, ahead of use.
+//
+//   shard --hop 1, gather_rail--> node block --hop 2, gather_intra--> full --finish--> module
+//
+//   start_rail(u)   hop 1 into a block            several units ahead
+//   start_intra(u)  both hops into a full slot    the next unit
+//   finish(u)       compute waits, the module gets the full parameters
+//   reshard(u)      the module gets the sharded ones; memory goes back
+//
+// Each step starts the ones before it that are missing. A gather is current while the shard has
+// not been written since; one that is not is run again, never used.
+//
+// Order duties, all by events:
+//   a gather reads the shard after compute wrote it       (order_after_shard_writes)
+//   hop 2 reads a block after hop 1 wrote it
+//   hop 1 writes a block after hop 2 read what was in it
+//   hop 2 writes a slot after compute read what was in it
+//   compute reads the full parameters after hop 2 wrote them
+//
+// Host decisions (what starts, which slot) depend on the sequence of calls alone: ranks that make
+// the same calls start the same collectives in the same order.
+//
+// Thread safety: one thread at a time. An exception leaves shards untouched; then reset().
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "mics/runtime_memory.h"
+#include "mics/runtime_streams.h"
+#include "mics/unit.h"
+
+namespace mics {
+
+class GatherPipeline {
+ public:
+  // All outlive the pipeline.
+  GatherPipeline(const std::vector<std::shared_ptr<Unit>>& units, RuntimeStreams& streams);
+  // Where gathers go; to be set before the first start. Only while nothing is held or started.
+  void set_memory(RuntimeMemory* memory) { memory_ = memory; }
+
+  // Makes gathers that start from here on wait for what compute was given until now, if any shard
+  // was written since the last call.
+  void order_after_shard_writes();
+
+  // False, and nothing is done: no memory is free and `may_grow` is not set.
+  bool start_rail(int unit, bool may_grow);
+  bool start_intra(int unit, bool may_grow);
+  // The unit is held from here on. Throws what a gather threw.
+  void finish(int unit);
+  // Keeps what `rest` says; a held unit is let go of.
+  void reshard(int unit, Residency rest);
+  // Lets go of a unit but keeps everything, for a use that is known to come.
+  void keep(int unit);
+  // Exempts a started unit from drop_unused() until its next finish() or reshard().
+  void retain(int unit);
+  // Frees what was started or kept for a use that did not come.
+  void drop_unused();
+  // Some module holds full parameters.
+  [[nodiscard]] bool holds_any() const;
+  // Drops everything, and forgets the memory. The streams must be empty.
+  void reset();
+
+ private:
+  struct State {
+    Slot* full = nullptr;
+    Slot* block = nullptr;
+    const Slot* last_full = nullptr;  // of the last gather: the same one needs no new pairs
+    const Slot* last_block = nullptr;
+    std::optional<int64_t> full_version;  // of the shard that was gathered; nullopt: nothing
+    std::optional<int64_t> block_version;
+    int64_t ordered_version = -1;  // gathers wait for compute's writes up to it
+    bool is_held = false;
+    bool is_retained = false;  // not to be dropped as unused
+    bool is_awaited = false;   // compute has waited for this gather
+    std::unique_ptr<Event> block_written;
+    std::unique_ptr<Event> full_written;
+    // Hop 2 from last_block to last_full.
+    std::vector<TensorPair> pairs;
+    const void* pairs_full = nullptr;
+    const void* pairs_block = nullptr;
+  };
+
+  [[nodiscard]] Unit& unit(int index) { return *units_[static_cast<size_t>(index)]; }
+  [[nodiscard]] State& state(int index) { return states_[static_cast<size_t>(index)]; }
+  [[nodiscard]] Stream& block_stream(const Unit& unit);
+  void make_events(int index);
+  void order(int index, int64_t version);
+  [[nodiscard]] bool take_full(int index, bool may_grow);
+  [[nodiscard]] bool take_block(int index, bool may_grow);
+  void free_full(int index);
+  void free_block(int index);
+  const std::vector<TensorPair>& pairs_of(int index);
+
+  const std::vector<std::shared_ptr<Unit>>& units_;
+  RuntimeStreams& streams_;
+  RuntimeMemory* memory_ = nullptr;
+  const std::unique_ptr<Event> shards_written_;
+  std::vector<State> states_;
+};
+
+}  // namespace mics

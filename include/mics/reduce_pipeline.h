@@ -1,0 +1,80 @@
+// ReducePipeline: turns full gradients into synchronised gradient shards, beside the backward.
+//
+//   reduce(u)       full gradients --hop 1, reduce_intra--> block --hop 2, reduce_rail--> pending
+//   synchronize(u)  pending --all-reduce over replicas, replicate--> times factor --> hidden
+//   wait(u)         compute waits for hidden
+//
+// A unit that accumulates blocks adds hop 1's result to its gradient block in every micro-step, and
+// hop 2 runs in synchronize(): once per step. Sums are then taken in another order (micro-steps
+// before nodes).
+//
+// Order duties, all by events:
+//   hop 1 reads gradients after compute wrote them
+//   hop 2 reads a block after hop 1 wrote it; a later reduction writes it after hop 2 read it
+//   the all-reduce reads pending after it was added to
+//   compute reads hidden after the all-reduce
+// At most `depths.reductions` are in flight: the next one waits, so that full gradients do not pile
+// up.
+//
+// Thread safety: one thread at a time. Errors of queued work come out of later waits; then reset().
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "mics/runtime_memory.h"
+#include "mics/runtime_streams.h"
+#include "mics/unit.h"
+
+namespace mics {
+
+class ReducePipeline {
+ public:
+  // All outlive the pipeline.
+  ReducePipeline(const std::vector<std::shared_ptr<Unit>>& units, const Depths& depths,
+                 RuntimeStreams& streams);
+  void set_memory(RuntimeMemory* memory) { memory_ = memory; }
+
+  // Takes the unit's full gradients. Those that are missing on this rank count as zeros.
+  void reduce(int unit);
+  // Nothing when nothing is pending.
+  void synchronize(int unit);
+  // Until then hidden() must not be read. Throws what the reduction threw.
+  void wait(int unit);
+  // A gradient block holds a sum of earlier micro-steps.
+  [[nodiscard]] bool holds_block() const;
+  // Drops the unit's gradients that have not become visible.
+  void drop(int unit);
+  // Drops them, and forgets the memory. The streams must be empty.
+  void reset();
+
+ private:
+  struct State {
+    std::unique_ptr<Event> block_summed;  // hop 1 is done; with a gradient block: added to it
+    std::unique_ptr<Event> accumulated;   // pending is whole
+    std::unique_ptr<Event> synchronized;  // hidden is whole
+  };
+  struct InFlight {
+    std::unique_ptr<Event> intra_done;
+    std::unique_ptr<Event> rail_done;
+  };
+  void make_events();
+  [[nodiscard]] Unit& unit(int index) { return *units_[static_cast<size_t>(index)]; }
+  [[nodiscard]] State& state(int index) { return states_[static_cast<size_t>(index)]; }
+  // Where pending is written.
+  [[nodiscard]] Stream& pending_stream(const Unit& unit);
+  void reduce_to_block(int index, int slot, const std::vector<at::Tensor>& regions);
+  void reduce_to_pending(int index, int slot, const std::vector<at::Tensor>& regions);
+  void zero_gaps(const Unit& unit, const at::Tensor& block);
+
+  const std::vector<std::shared_ptr<Unit>>& units_;
+  RuntimeStreams& streams_;
+  RuntimeMemory* memory_ = nullptr;
+  std::vector<State> states_;
+  std::unique_ptr<Event> gradients_ready_;
+  std::vector<InFlight> in_flight_;
+  size_t next_ = 0;
+};
+
+}  // namespace mics

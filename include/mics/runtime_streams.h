@@ -1,0 +1,43 @@
+// RuntimeStreams: the streams of one rank's runtime.
+//
+//   compute        the caller's own; it waits for gathers and for synchronised gradients
+//   gather_rail    hop 1 of gathers            gather_intra   hop 2 of gathers
+//   reduce_intra   hop 1 of reductions         reduce_rail    hop 2 of reductions
+//   replicate      all-reduces over replicas, and the control group's
+//
+// Every communicator is used on one of them only, so its operations run in the order of issue, and
+// no two streams share a communicator.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "mics/stream.h"
+#include "mics/unit.h"
+
+namespace mics {
+
+struct RuntimeStreams {
+  std::unique_ptr<Stream> compute;
+  std::unique_ptr<Stream> gather_rail;
+  std::unique_ptr<Stream> gather_intra;
+  std::unique_ptr<Stream> reduce_intra;
+  std::unique_ptr<Stream> reduce_rail;
+  std::unique_ptr<Stream> replicate;
+  // All but compute.
+  [[nodiscard]] std::vector<Stream*> communication() const {
+    return {gather_rail.get(), gather_intra.get(), reduce_intra.get(), reduce_rail.get(),
+            replicate.get()};
+  }
+};
+
+// Everything on the caller's thread, one operation after the other: for debugging, and for devices
+// whose collectives go to the current stream.
+[[nodiscard]] RuntimeStreams make_inline_streams();
+
+// A thread per stream that has someone to talk to in `units` or `control` (may be null); compute is
+// the caller's thread.
+[[nodiscard]] RuntimeStreams make_worker_streams(const std::vector<std::shared_ptr<Unit>>& units,
+                                                 const Communicator* control);
+
+}  // namespace mics

@@ -1,0 +1,238 @@
+#include "mics/gather_pipeline.h"
+
+#include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
+
+#include <algorithm>
+
+#include "mics/check.h"
+
+namespace mics {
+
+GatherPipeline::GatherPipeline(const std::vector<std::shared_ptr<Unit>>& units,
+                               RuntimeStreams& streams)
+    : units_(units),
+      streams_(streams),
+      shards_written_(streams.compute->make_event()),
+      states_(units.size()) {
+  for (size_t i = 0; i < units.size(); ++i) make_events(static_cast<int>(i));
+}
+
+// Hop 1, or the cast of the shard where there is one node.
+Stream& GatherPipeline::block_stream(const Unit& unit) {
+  return unit.num_nodes() > 1 ? *streams_.gather_rail : *streams_.gather_intra;
+}
+
+void GatherPipeline::order_after_shard_writes() {
+  bool is_written = false;
+  for (size_t i = 0; i < units_.size(); ++i) {
+    const int64_t version = units_[i]->shard_version();
+    if (states_[i].ordered_version == version) continue;
+    states_[i].ordered_version = version;
+    is_written = true;
+  }
+  if (!is_written) return;
+  streams_.compute->record(*shards_written_);
+  streams_.gather_rail->wait(*shards_written_);
+  streams_.gather_intra->wait(*shards_written_);
+}
+
+// A write in the middle of a step.
+void GatherPipeline::order(int index, int64_t version) {
+  if (state(index).ordered_version != version) order_after_shard_writes();
+}
+
+bool GatherPipeline::take_block(int index, bool may_grow) {
+  State& taken = state(index);
+  if (taken.block != nullptr) return true;
+  const int64_t nbytes = unit(index).block_nbytes();
+  taken.block = memory_->block_home(index);
+  if (taken.block == nullptr) taken.block = memory_->block_slots().take(nbytes, taken.last_block);
+  if (taken.block == nullptr && may_grow) taken.block = memory_->grow_block(nbytes);
+  return taken.block != nullptr;
+}
+
+bool GatherPipeline::take_full(int index, bool may_grow) {
+  State& taken = state(index);
+  if (taken.full != nullptr) return true;
+  const int64_t nbytes = unit(index).full_nbytes();
+  taken.full = memory_->full_home(index);
+  if (taken.full == nullptr) taken.full = memory_->full_slots().take(nbytes, taken.last_full);
+  if (taken.full == nullptr && may_grow) taken.full = memory_->grow_full(nbytes);
+  return taken.full != nullptr;
+}
+
+void GatherPipeline::free_block(int index) {
+  State& taken = state(index);
+  taken.block_version.reset();
+  if (taken.block == nullptr) return;
+  taken.last_block = taken.block;
+  if (taken.block != memory_->block_home(index)) memory_->block_slots().give_back(taken.block);
+  taken.block = nullptr;
+}
+
+// Its last reader is compute.
+void GatherPipeline::free_full(int index) {
+  State& taken = state(index);
+  unit(index).detach();
+  taken.full_version.reset();
+  taken.is_retained = false;
+  taken.is_awaited = false;
+  if (taken.full == nullptr) return;
+  streams_.compute->note_read(taken.full->memory);
+  streams_.compute->record(*taken.full->free);
+  taken.last_full = taken.full;
+  if (taken.full != memory_->full_home(index)) memory_->full_slots().give_back(taken.full);
+  taken.full = nullptr;
+}
+
+bool GatherPipeline::start_rail(int index, bool may_grow) {
+  Unit& started = unit(index);
+  State& to = state(index);
+  const int64_t version = started.shard_version();
+  if (!started.has_block() || to.block_version == version || to.full_version == version) {
+    return true;
+  }
+  if (!take_block(index, may_grow)) return false;
+  const c10::InferenceMode no_inference(false);
+  const c10::NoGradGuard no_grad;
+  order(index, version);
+  Stream& stream = block_stream(started);
+  stream.wait(*to.block->free);
+  const HopCommunicators& hops = started.communicators().gather;
+  const ShardLayout& layout = started.layout();
+  const at::Tensor block =
+      to.block->as(started.parameter_dtype(), hops.num_nodes() * layout.shard_numel());
+  at::Tensor own = started.shard();
+  if (own.scalar_type() != started.parameter_dtype()) {
+    own = own_slot(layout, block, hops);
+    stream.note_read(started.shard());
+    stream.note_write(own);
+    stream.enqueue([own, shard = started.shard()] {
+      const c10::NoGradGuard no_grad_here;
+      own.copy_(shard);
+    });
+  }
+  if (hops.rail != nullptr) hops.rail->all_gather(block, own, stream);
+  stream.record(*to.block_written);
+  to.block_version = version;
+  return true;
+}
+
+const std::vector<TensorPair>& GatherPipeline::pairs_of(int index) {
+  State& to = state(index);
+  Unit& started = unit(index);
+  const at::Tensor& from = to.block != nullptr ? to.block->memory : started.shard();
+  const void* full_data = to.full->memory.const_data_ptr();
+  const void* block_data = from.const_data_ptr();
+  if (to.pairs_full == full_data && to.pairs_block == block_data) return to.pairs;
+  const ShardLayout& layout = started.layout();
+  const HopCommunicators& hops = started.communicators().gather;
+  const at::Tensor block =
+      to.block == nullptr
+          ? from
+          : to.block->as(started.parameter_dtype(), hops.num_nodes() * layout.shard_numel());
+  to.pairs = gather_pairs(layout, block,
+                          to.full->as(started.parameter_dtype(), layout.full_numel()), hops);
+  to.pairs_full = full_data;
+  to.pairs_block = block_data;
+  return to.pairs;
+}
+
+bool GatherPipeline::start_intra(int index, bool may_grow) {
+  Unit& started = unit(index);
+  State& to = state(index);
+  const int64_t version = started.shard_version();
+  if (to.full_version == version) return true;
+  if (started.full_is_shard()) {
+    to.full_version = version;
+    return true;
+  }
+  const bool had_full = to.full != nullptr;
+  if (!take_full(index, may_grow)) return false;
+  if (!start_rail(index, may_grow)) {
+    if (!had_full) free_full(index);
+    return false;
+  }
+  const c10::InferenceMode no_inference(false);
+  const c10::NoGradGuard no_grad;
+  order(index, version);
+  Stream& stream = *streams_.gather_intra;
+  to.full_version.reset();
+  to.is_awaited = false;
+  if (started.num_nodes() > 1) stream.wait(*to.block_written);
+  stream.wait(*to.full->free);
+  const std::vector<TensorPair>& pairs = pairs_of(index);
+  if (!pairs.empty()) started.communicators().gather.intra->all_gather(pairs, stream);
+  stream.record(*to.full_written);
+  if (to.block != nullptr) stream.record(*to.block->free);
+  if (!started.keeps_block()) free_block(index);
+  to.full_version = version;
+  return true;
+}
+
+void GatherPipeline::finish(int index) {
+  Unit& finished = unit(index);
+  State& to = state(index);
+  MICS_INTERNAL_CHECK(start_intra(index, /*may_grow=*/true), "no memory for a gather.");
+  if (!finished.full_is_shard()) {
+    if (!to.is_awaited) streams_.compute->wait(*to.full_written);
+    to.is_awaited = true;
+    streams_.compute->note_read(to.full->memory);
+  }
+  if (!finished.is_unsharded()) {
+    finished.attach(to.full != nullptr ? to.full->memory : finished.shard());
+  }
+  finished.note_gathered(*to.full_version);
+  to.is_held = true;
+  to.is_retained = false;
+  finished.exchange(true);
+}
+
+void GatherPipeline::reshard(int index, Residency rest) {
+  unit(index).exchange(false);
+  state(index).is_held = false;
+  if (rest == Residency::kFull) return retain(index);
+  free_full(index);
+  if (rest == Residency::kShard) free_block(index);
+}
+
+void GatherPipeline::keep(int index) {
+  unit(index).exchange(false);
+  state(index).is_held = false;
+}
+
+void GatherPipeline::retain(int index) { state(index).is_retained = true; }
+
+void GatherPipeline::drop_unused() {
+  for (size_t i = 0; i < units_.size(); ++i) {
+    const State& kept = states_[i];
+    if (kept.is_held || kept.is_retained) continue;
+    const int index = static_cast<int>(i);
+    if (kept.full_version.has_value()) free_full(index);
+    if (!unit(index).keeps_block()) free_block(index);
+  }
+}
+
+bool GatherPipeline::holds_any() const {
+  return std::any_of(states_.begin(), states_.end(),
+                     [](const State& kept) { return kept.is_held; });
+}
+
+void GatherPipeline::reset() {
+  for (size_t i = 0; i < units_.size(); ++i) {
+    units_[i]->exchange(false);
+    units_[i]->detach();
+    // Events keep a failure, and slots their events.
+    states_[i] = State();
+    make_events(static_cast<int>(i));
+  }
+  memory_ = nullptr;
+}
+
+void GatherPipeline::make_events(int index) {
+  state(index).block_written = block_stream(unit(index)).make_event();
+  state(index).full_written = streams_.gather_intra->make_event();
+}
+
+}  // namespace mics

@@ -1,0 +1,206 @@
+#include "mics/reduce_pipeline.h"
+
+#include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
+
+#include <algorithm>
+
+#include "mics/check.h"
+
+namespace mics {
+
+namespace {
+
+// sum = value, or sum += value.
+void accumulate(Stream& stream, const at::Tensor& sum, const at::Tensor& value, bool is_first) {
+  stream.note_read(value);
+  if (!is_first) stream.note_read(sum);
+  stream.note_write(sum);
+  stream.enqueue([sum, value, is_first] {
+    const c10::NoGradGuard no_grad;
+    if (is_first) {
+      sum.copy_(value);
+    } else {
+      sum.add_(value);
+    }
+  });
+}
+
+}  // namespace
+
+ReducePipeline::ReducePipeline(const std::vector<std::shared_ptr<Unit>>& units,
+                               const Depths& depths, RuntimeStreams& streams)
+    : units_(units),
+      streams_(streams),
+      states_(units.size()),
+      in_flight_(static_cast<size_t>(depths.reductions)) {
+  make_events();
+}
+
+Stream& ReducePipeline::pending_stream(const Unit& unit) {
+  return unit.communicators().reduce.num_nodes() > 1 ? *streams_.reduce_rail
+                                                     : *streams_.reduce_intra;
+}
+
+// The alignment gaps travel over the rails with the chunks and must hold numbers.
+void ReducePipeline::zero_gaps(const Unit& unit, const at::Tensor& block) {
+  const ShardLayout& layout = unit.gradient_layout();
+  if (layout.payload_numel() == layout.shard_numel()) return;
+  streams_.reduce_intra->note_write(block);
+  streams_.reduce_intra->enqueue([block] {
+    const c10::NoGradGuard no_grad;
+    block.zero_();
+  });
+}
+
+void ReducePipeline::reduce(int index) {
+  Unit& reduced = unit(index);
+  if (reduced.num_trainable() == 0) return;
+  const c10::InferenceMode no_inference(false);
+  const c10::NoGradGuard no_grad;
+  const int slot = static_cast<int>(next_);
+  const InFlight& in_flight = in_flight_[next_];
+  next_ = (next_ + 1) % in_flight_.size();
+  // The memory of the reduction that used this slot, and the gradients that it read, are free.
+  streams_.compute->wait(*in_flight.intra_done);
+  streams_.compute->wait(*in_flight.rail_done);
+  const std::vector<at::Tensor> regions = reduced.take_full_gradients([&](int64_t numel) {
+    return memory_->packed_gradients(slot, numel, reduced.reduce_dtype());
+  });
+  for (const at::Tensor& region : regions) streams_.compute->note_write(region);
+  streams_.compute->record(*gradients_ready_);
+  streams_.reduce_intra->wait(*gradients_ready_);
+  if (reduced.accumulates_block()) {
+    reduce_to_block(index, slot, regions);
+    streams_.reduce_intra->record(*state(index).block_summed);
+  } else {
+    reduce_to_pending(index, slot, regions);
+    pending_stream(reduced).record(*state(index).accumulated);
+    if (reduced.num_nodes() > 1) streams_.reduce_rail->record(*in_flight.rail_done);
+  }
+  streams_.reduce_intra->record(*in_flight.intra_done);
+}
+
+void ReducePipeline::reduce_to_block(int index, int slot, const std::vector<at::Tensor>& regions) {
+  Unit& reduced = unit(index);
+  const ShardLayout& layout = reduced.gradient_layout();
+  const HopCommunicators& hops = reduced.communicators().reduce;
+  Stream& stream = *streams_.reduce_intra;
+  const at::Tensor& sum = memory_->gradient_block(index);
+  const bool is_first = !reduced.has_pending_block();
+  const bool is_direct = is_first && sum.scalar_type() == reduced.reduce_dtype();
+  const at::Tensor block =
+      is_direct ? sum : memory_->reduce_block(slot, sum.numel(), reduced.reduce_dtype());
+  zero_gaps(reduced, block);
+  const std::vector<TensorPair> pairs = reduce_pairs(layout, regions, block, hops);
+  if (!pairs.empty()) hops.intra->reduce_scatter(pairs, stream);
+  if (!is_direct) accumulate(stream, sum, block, is_first);
+  reduced.set_pending_block(true);
+}
+
+void ReducePipeline::reduce_to_pending(int index, int slot,
+                                       const std::vector<at::Tensor>& regions) {
+  Unit& reduced = unit(index);
+  const ShardLayout& layout = reduced.gradient_layout();
+  const HopCommunicators& hops = reduced.communicators().reduce;
+  const bool is_first = !reduced.pending().defined();
+  const at::Tensor pending = is_first ? reduced.new_pending() : reduced.pending();
+  const bool is_direct = is_first && pending.scalar_type() == reduced.reduce_dtype();
+  at::Tensor own = pending;
+  if (hops.rail == nullptr) {
+    if (!is_direct) {
+      own = memory_->reduce_block(slot, layout.shard_numel(), reduced.reduce_dtype());
+      zero_gaps(reduced, own);
+    }
+    const std::vector<TensorPair> pairs = reduce_pairs(layout, regions, own, hops);
+    if (!pairs.empty()) hops.intra->reduce_scatter(pairs, *streams_.reduce_intra);
+  } else {
+    const at::Tensor block = memory_->reduce_block(slot, hops.num_nodes() * layout.shard_numel(),
+                                                   reduced.reduce_dtype());
+    zero_gaps(reduced, block);
+    const std::vector<TensorPair> pairs = reduce_pairs(layout, regions, block, hops);
+    if (!pairs.empty()) hops.intra->reduce_scatter(pairs, *streams_.reduce_intra);
+    streams_.reduce_intra->record(*state(index).block_summed);
+    streams_.reduce_rail->wait(*state(index).block_summed);
+    if (!is_direct) own = own_slot(layout, block, hops);
+    hops.rail->reduce_scatter(own, block, *streams_.reduce_rail);
+  }
+  if (!is_direct) accumulate(pending_stream(reduced), pending, own, is_first);
+}
+
+void ReducePipeline::synchronize(int index) {
+  Unit& synchronized = unit(index);
+  if (!synchronized.has_pending()) return;
+  const c10::InferenceMode no_inference(false);
+  const c10::NoGradGuard no_grad;
+  const UnitCommunicators& communicators = synchronized.communicators();
+  Event& accumulated = *state(index).accumulated;
+  if (synchronized.has_pending_block()) {
+    Stream& stream = *streams_.reduce_rail;
+    stream.wait(*state(index).block_summed);
+    const at::Tensor& block = memory_->gradient_block(index);
+    const bool is_first = !synchronized.pending().defined();
+    const at::Tensor pending = is_first ? synchronized.new_pending() : synchronized.pending();
+    const at::Tensor own =
+        is_first ? pending : own_slot(synchronized.gradient_layout(), block, communicators.reduce);
+    communicators.reduce.rail->reduce_scatter(own, block, stream);
+    if (!is_first) accumulate(stream, pending, own, /*is_first=*/false);
+    stream.record(accumulated);
+    synchronized.set_pending_block(false);
+  }
+  Stream& stream = *streams_.replicate;
+  stream.wait(accumulated);
+  const at::Tensor pending = synchronized.pending();
+  if (communicators.replicate != nullptr) communicators.replicate->all_reduce(pending, stream);
+  const double factor = synchronized.settings().gradient_factor;
+  if (factor != 1.0) {
+    stream.note_read(pending);
+    stream.note_write(pending);
+    stream.enqueue([pending, factor] {
+      const c10::NoGradGuard no_grad_here;
+      pending.mul_(factor);
+    });
+  }
+  if (synchronized.hidden().defined()) {
+    accumulate(stream, synchronized.hidden(), pending, /*is_first=*/false);
+    synchronized.drop_pending();
+  } else {
+    synchronized.hide_pending();
+  }
+  stream.record(*state(index).synchronized);
+}
+
+void ReducePipeline::wait(int index) { streams_.compute->wait(*state(index).synchronized); }
+
+bool ReducePipeline::holds_block() const {
+  return std::any_of(units_.begin(), units_.end(),
+                     [](const auto& unit) { return unit->has_pending_block(); });
+}
+
+void ReducePipeline::drop(int index) {
+  // Memory that is still written must not be used anew.
+  if (unit(index).hidden().defined()) wait(index);
+  unit(index).drop_gradients();
+}
+
+void ReducePipeline::reset() {
+  for (const std::shared_ptr<Unit>& dropped : units_) dropped->drop_gradients();
+  make_events();
+  memory_ = nullptr;
+}
+
+// Events keep a failure; after it they must not be waited for.
+void ReducePipeline::make_events() {
+  gradients_ready_ = streams_.compute->make_event();
+  for (size_t i = 0; i < units_.size(); ++i) {
+    states_[i].block_summed = streams_.reduce_intra->make_event();
+    states_[i].accumulated = pending_stream(*units_[i]).make_event();
+    states_[i].synchronized = streams_.replicate->make_event();
+  }
+  for (InFlight& slot : in_flight_) {
+    slot.intra_done = streams_.reduce_intra->make_event();
+    slot.rail_done = streams_.reduce_rail->make_event();
+  }
+}
+
+}  // namespace mics

@@ -1,0 +1,200 @@
+#include "mics/runtime_memory.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/core/InferenceMode.h>
+
+#include <algorithm>
+#include <functional>
+#include <utility>
+
+#include "mics/check.h"
+
+namespace mics {
+
+namespace {
+
+// Start of every region: what vector instructions and network cards like best.
+constexpr int64_t kRegionAlignment = 512;
+
+at::Tensor allocate(int64_t nbytes, at::Device device) {
+  // Buffers made here outlive an inference mode of the caller.
+  const c10::InferenceMode no_inference(false);
+  return at::empty({nbytes}, at::TensorOptions().dtype(at::kByte).device(device));
+}
+
+// Cuts regions from an allocation whose size is known only when all have been asked for.
+class Cutter {
+ public:
+  void ask(std::string part, int64_t nbytes, std::function<void(at::Tensor)> give) {
+    if (nbytes == 0) return;
+    const auto found = std::find_if(parts_.begin(), parts_.end(),
+                                    [&](const MemoryPart& other) { return other.name == part; });
+    MemoryPart& entry =
+        found != parts_.end() ? *found : parts_.emplace_back(MemoryPart{std::move(part), 0, 0});
+    const int64_t aligned = (nbytes + kRegionAlignment - 1) / kRegionAlignment * kRegionAlignment;
+    entry.count += 1;
+    entry.nbytes += aligned;
+    wishes_.push_back({total_, nbytes, std::move(give)});
+    total_ += aligned;
+  }
+
+  void cut(at::Device device) {
+    const at::Tensor memory = allocate(total_, device);
+    for (const Wish& wish : wishes_) wish.give(memory.narrow(0, wish.offset, wish.nbytes));
+  }
+
+  [[nodiscard]] int64_t total() const { return total_; }
+  [[nodiscard]] const std::vector<MemoryPart>& parts() const { return parts_; }
+
+ private:
+  struct Wish {
+    int64_t offset;
+    int64_t nbytes;
+    std::function<void(at::Tensor)> give;
+  };
+  std::vector<MemoryPart> parts_;
+  std::vector<Wish> wishes_;
+  int64_t total_ = 0;
+};
+
+std::vector<int64_t> largest(std::vector<int64_t> sizes, int count) {
+  std::sort(sizes.begin(), sizes.end(), std::greater<>());
+  if (sizes.size() > static_cast<size_t>(count)) sizes.resize(static_cast<size_t>(count));
+  return sizes;
+}
+
+int64_t nbytes_of(int64_t numel, at::ScalarType dtype) {
+  return numel * static_cast<int64_t>(c10::elementSize(dtype));
+}
+
+}  // namespace
+
+at::Tensor Slot::as(at::ScalarType dtype, int64_t numel) const {
+  return memory.narrow(0, 0, nbytes_of(numel, dtype)).view(dtype);
+}
+
+void SlotPool::add(at::Tensor memory) {
+  slots_.push_back({std::move(memory), events_.make_event()});
+}
+
+Slot* SlotPool::take(int64_t nbytes, const Slot* preferred) {
+  Slot* best = nullptr;
+  for (Slot& slot : slots_) {
+    if (slot.is_taken || slot.memory.numel() < nbytes) continue;
+    if (&slot == preferred) {
+      best = &slot;
+      break;
+    }
+    if (best == nullptr || slot.memory.numel() < best->memory.numel()) best = &slot;
+  }
+  if (best != nullptr) best->is_taken = true;
+  return best;
+}
+
+Slot* SlotPool::grow(int64_t nbytes, at::Device device) {
+  add(allocate(nbytes, device));
+  slots_.back().is_taken = true;
+  slots_.back().is_planned = false;
+  return &slots_.back();
+}
+
+void SlotPool::give_back(Slot* slot) {
+  MICS_INTERNAL_CHECK(slot->is_taken, "a slot was given back twice.");
+  slot->is_taken = false;
+  if (!slot->is_planned) slots_.remove_if([slot](const Slot& other) { return &other == slot; });
+}
+
+RuntimeMemory::RuntimeMemory(const std::vector<std::shared_ptr<Unit>>& units, const Depths& depths,
+                             Stream& events)
+    : device_(units.front()->device()),
+      full_slots_(events),
+      block_slots_(events),
+      homes_(units.size()),
+      reductions_(static_cast<size_t>(depths.reductions)) {
+  Cutter cutter;
+  std::vector<int64_t> full_sizes;
+  std::vector<int64_t> block_sizes;
+  int64_t reduce_block_nbytes = 0;
+  int64_t packed_nbytes = 0;
+  const auto home_slot = [&events](std::unique_ptr<Slot>& home) {
+    return [&home, &events](at::Tensor memory) {
+      home = std::make_unique<Slot>(Slot{std::move(memory), events.make_event()});
+    };
+  };
+  for (size_t i = 0; i < units.size(); ++i) {
+    const Unit& unit = *units[i];
+    Home& home = homes_[i];
+    if (unit.keeps_full()) {
+      cutter.ask("full, kept", unit.full_nbytes(), home_slot(home.full));
+    } else {
+      full_sizes.push_back(unit.full_nbytes());
+    }
+    if (unit.keeps_block()) {
+      cutter.ask("blocks, kept", unit.block_nbytes(), home_slot(home.block));
+    } else {
+      block_sizes.push_back(unit.block_nbytes());
+    }
+    if (unit.num_trainable() == 0) continue;
+    const int64_t gradient_numel = unit.num_nodes() * unit.gradient_layout().shard_numel();
+    if (unit.accumulates_block()) {
+      const at::ScalarType dtype = accumulation_dtype(unit.reduce_dtype());
+      cutter.ask(
+          "gradient blocks", nbytes_of(gradient_numel, dtype),
+          [&home, dtype](const at::Tensor& memory) { home.gradient_block = memory.view(dtype); });
+    }
+    reduce_block_nbytes =
+        std::max(reduce_block_nbytes, nbytes_of(gradient_numel, unit.reduce_dtype()));
+    packed_nbytes =
+        std::max(packed_nbytes, nbytes_of(unit.packed_gradient_numel(), unit.reduce_dtype()));
+  }
+  for (const int64_t nbytes : largest(std::move(full_sizes), depths.intra + 1)) {
+    cutter.ask("full slots", nbytes,
+               [this](at::Tensor memory) { full_slots_.add(std::move(memory)); });
+  }
+  // Hop 2 gives a block back when it is started: one fills while another is read.
+  for (const int64_t nbytes : largest(std::move(block_sizes), depths.rail - depths.intra + 1)) {
+    cutter.ask("block slots", nbytes,
+               [this](at::Tensor memory) { block_slots_.add(std::move(memory)); });
+  }
+  for (Reduction& reduction : reductions_) {
+    cutter.ask("reductions", reduce_block_nbytes,
+               [&reduction](at::Tensor memory) { reduction.block = std::move(memory); });
+    cutter.ask("packed gradients", packed_nbytes,
+               [&reduction](at::Tensor memory) { reduction.packed = std::move(memory); });
+  }
+  cutter.cut(device_);
+  parts_ = cutter.parts();
+  nbytes_ = cutter.total();
+}
+
+at::Tensor RuntimeMemory::fit(at::Tensor& memory, int64_t numel, at::ScalarType dtype) {
+  const int64_t nbytes = nbytes_of(numel, dtype);
+  if (!memory.defined() || memory.numel() < nbytes) {
+    ++num_grown_;
+    grown_nbytes_ += nbytes;
+    memory = allocate(nbytes, device_);
+  }
+  return memory.narrow(0, 0, nbytes).view(dtype);
+}
+
+at::Tensor RuntimeMemory::reduce_block(int index, int64_t numel, at::ScalarType dtype) {
+  return fit(at(reductions_, index).block, numel, dtype);
+}
+
+at::Tensor RuntimeMemory::packed_gradients(int index, int64_t numel, at::ScalarType dtype) {
+  return fit(at(reductions_, index).packed, numel, dtype);
+}
+
+Slot* RuntimeMemory::grow_full(int64_t nbytes) {
+  ++num_grown_;
+  grown_nbytes_ += nbytes;
+  return full_slots_.grow(nbytes, device_);
+}
+
+Slot* RuntimeMemory::grow_block(int64_t nbytes) {
+  ++num_grown_;
+  grown_nbytes_ += nbytes;
+  return block_slots_.grow(nbytes, device_);
+}
+
+}  // namespace mics
