@@ -40,7 +40,8 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // `units` in the order of the module tree; `control` has all ranks of the world (null: one rank)
   // and outlives the engine.
   [[nodiscard]] static std::shared_ptr<Engine> create(std::vector<std::shared_ptr<Unit>> units,
-                                                      Communicator* control, RuntimeStreams streams,
+                                                      Communicator* control,
+                                                      std::shared_ptr<RuntimeStreams> streams,
                                                       Depths depths = {});
   ~Engine();
   Engine(const Engine&) = delete;
@@ -91,8 +92,8 @@ class Engine : public std::enable_shared_from_this<Engine> {
   [[nodiscard]] int64_t num_order_changes() const { return num_order_changes_; }
 
  private:
-  Engine(std::vector<std::shared_ptr<Unit>> units, Communicator* control, RuntimeStreams streams,
-         Depths depths);
+  Engine(std::vector<std::shared_ptr<Unit>> units, Communicator* control,
+         std::shared_ptr<RuntimeStreams> streams, Depths depths);
 
   // One forward between pre_forward and post_forward.
   struct OpenCall {
@@ -129,7 +130,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   const std::vector<std::shared_ptr<Unit>> units_;
   Communicator* const control_;
   const Depths depths_;
-  RuntimeStreams streams_;
+  const std::shared_ptr<RuntimeStreams> streams_;
 
   Schedule schedule_;
   GatherPipeline gathers_;

@@ -5,15 +5,15 @@
 //   reduce_intra   hop 1 of reductions         reduce_rail    hop 2 of reductions
 //   replicate      all-reduces over replicas, and the control group's
 //
-// Every communicator is used on one of them only, so its operations run in the order of issue, and
-// no two streams share a communicator.
+// Every communicator is used on one of them only, so its operations run in the order of issue.
+// Engines whose communicators share a transport share the streams too: the order of issue is then
+// one order for all of them.
 #pragma once
 
 #include <memory>
 #include <vector>
 
 #include "mics/stream.h"
-#include "mics/unit.h"
 
 namespace mics {
 
@@ -33,11 +33,10 @@ struct RuntimeStreams {
 
 // Everything on the caller's thread, one operation after the other: for debugging, and for devices
 // whose collectives go to the current stream.
-[[nodiscard]] RuntimeStreams make_inline_streams();
+[[nodiscard]] std::shared_ptr<RuntimeStreams> make_inline_streams();
 
-// A thread per stream that has someone to talk to in `units` or `control` (may be null); compute is
-// the caller's thread.
-[[nodiscard]] RuntimeStreams make_worker_streams(const std::vector<std::shared_ptr<Unit>>& units,
-                                                 const Communicator* control);
+// A thread per communication stream; compute is the caller's thread. The last owner must not hold
+// the GIL: the threads are joined.
+[[nodiscard]] std::shared_ptr<RuntimeStreams> make_worker_streams();
 
 }  // namespace mics

@@ -4,6 +4,7 @@
 
 #include "bindings.h"
 #include "mics/engine.h"
+#include "mics/runtime_streams.h"
 #include "mics/unit.h"
 #include "parameter_exchange.h"
 
@@ -45,21 +46,23 @@ std::shared_ptr<Unit> make_unit(std::string name, std::vector<UnitParameter> par
   return std::shared_ptr<Unit>(owned, &owned->unit);
 }
 
-// The last reference may be dropped with the GIL held; ending the streams waits for work that may
-// need it.
-std::shared_ptr<Engine> make_engine(std::vector<std::shared_ptr<Unit>> units,
-                                    const CommunicatorPtr& control, const Depths& depths,
-                                    bool inline_streams) {
-  RuntimeStreams streams =
-      inline_streams ? make_inline_streams() : make_worker_streams(units, control.get());
-  std::shared_ptr<Engine> engine =
-      Engine::create(std::move(units), control.get(), std::move(streams), depths);
-  Engine* const address = engine.get();
-  return {address, [engine = std::move(engine)](Engine*) mutable {
-            if (PyGILState_Check() == 0) return engine.reset();
+// For objects whose last reference may be dropped with the GIL held, but whose end waits for
+// threads that may need it.
+template <typename T>
+std::shared_ptr<T> end_without_gil(std::shared_ptr<T> owner) {
+  T* const address = owner.get();
+  return {address, [owner = std::move(owner)](T*) mutable {
+            if (PyGILState_Check() == 0) return owner.reset();
             const py::gil_scoped_release no_gil;
-            engine.reset();
+            owner.reset();
           }};
+}
+
+std::shared_ptr<Engine> make_engine(std::vector<std::shared_ptr<Unit>> units,
+                                    const CommunicatorPtr& control,
+                                    std::shared_ptr<RuntimeStreams> streams, const Depths& depths) {
+  return end_without_gil(
+      Engine::create(std::move(units), control.get(), std::move(streams), depths));
 }
 
 }  // namespace
@@ -116,6 +119,12 @@ void bind_runtime(py::module_& module) {
            })
       .def("set_gradient_hook", &Unit::set_gradient_hook);
 
+  py::class_<RuntimeStreams, std::shared_ptr<RuntimeStreams>>(module, "RuntimeStreams")
+      .def(py::init([](bool on_threads) {
+             return end_without_gil(on_threads ? make_worker_streams() : make_inline_streams());
+           }),
+           py::kw_only(), py::arg("on_threads"));
+
   py::class_<Depths>(module, "Depths")
       .def(py::init<>())
       .def_readwrite("intra", &Depths::intra)
@@ -135,7 +144,7 @@ void bind_runtime(py::module_& module) {
 
   py::class_<Engine, std::shared_ptr<Engine>>(module, "Engine")
       .def(py::init(&make_engine), py::arg("units"), py::kw_only(), py::arg("control"),
-           py::arg("depths"), py::arg("inline_streams"), py::keep_alive<1, 3>())
+           py::arg("streams"), py::arg("depths"), py::keep_alive<1, 3>())
       .def("pre_forward", &Engine::pre_forward, py::arg("unit"), Release())
       .def("watch_outputs", &Engine::watch_outputs, py::arg("unit"), py::arg("outputs"), Release())
       .def("post_forward", &Engine::post_forward, py::arg("unit"), py::kw_only(), py::arg("failed"),

@@ -198,6 +198,9 @@ class Unit:
     def set_exchange(self, exchange: ParameterExchange) -> None: ...
     def set_gradient_hook(self, hook: Callable[[torch.Tensor], None]) -> None: ...
 
+class RuntimeStreams:
+    def __init__(self, *, on_threads: bool) -> None: ...
+
 class Depths:
     intra: int
     rail: int
@@ -228,8 +231,8 @@ class Engine:
         units: Sequence[Unit],
         *,
         control: Communicator | None,
+        streams: RuntimeStreams,
         depths: Depths,
-        inline_streams: bool,
     ) -> None: ...
     def pre_forward(self, unit: int) -> None: ...
     def watch_outputs(self, unit: int, outputs: Sequence[torch.Tensor]) -> None: ...

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import Any
 
 import torch
@@ -45,6 +44,7 @@ class Context:
             if variant not in self.communicators:
                 self.communicators[variant] = root_unit.groups.communicators(variant)
         self.control = root_unit.groups.control()
+        self.streams = root_unit.groups.streams(root_unit.shard.device)
         self._make_engine()
 
     def _absorb_older_contexts(self) -> None:
@@ -70,8 +70,8 @@ class Context:
         self.engine = _C.Engine(
             handles,
             control=self.control,
+            streams=self.streams,
             depths=_C.Depths(),
-            inline_streams=_wants_inline_streams(self.root_unit.shard.device),
         )
         self.push_settings()
         self.push_prefetch()
@@ -128,14 +128,6 @@ class Context:
             for field in _TRAFFIC_FIELDS:
                 counters[field] += getattr(traffic, field)
         return totals
-
-
-def _wants_inline_streams(device: torch.device) -> bool:
-    """Whether collectives run on the caller's thread: MICS_STREAMS=inline, or not on a CPU."""
-    streams = os.environ.get("MICS_STREAMS", "worker")
-    if streams not in ("inline", "worker"):
-        raise ValueError(f'MICS_STREAMS must be "inline" or "worker": got "{streams}".')
-    return streams == "inline" or device.type != "cpu"
 
 
 _CHECKSUM_CHUNK = 1 << 22  # elements; bounds the memory of _checksum

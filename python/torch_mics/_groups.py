@@ -28,6 +28,29 @@ _default_meshes: weakref.WeakKeyDictionary[object, dict[ShardSize, DeviceMesh]] 
 )
 
 
+class _Shared:
+    """What the models of one torch.distributed session share, so that they use it in one order.
+
+    Nothing here keeps it alive: process groups live until torch.distributed ends, streams as long as
+    a model that uses them.
+    """
+
+    def __init__(self) -> None:
+        self.process_groups: weakref.WeakValueDictionary[str, dist.ProcessGroup] = (
+            weakref.WeakValueDictionary()
+        )
+        self.streams: weakref.WeakValueDictionary[bool, _C.RuntimeStreams] = (
+            weakref.WeakValueDictionary()
+        )
+
+
+_shared_by_world: weakref.WeakKeyDictionary[object, _Shared] = weakref.WeakKeyDictionary()
+
+
+def _shared() -> _Shared:
+    return _shared_by_world.setdefault(dist.group.WORLD, _Shared())
+
+
 def host_identity() -> str:
     """Names this rank's node: MICS_NODE_ID if set, else host name and boot id."""
     name = os.environ.get("MICS_NODE_ID")
@@ -167,7 +190,6 @@ class Groups:
         self.mesh = mesh
         self._nodes = nodes
         self.topology = _C.Topology(node_of_rank=nodes, partition_size=mesh.size(mesh.ndim - 1))
-        self._process_groups: dict[str, dist.ProcessGroup] = {}
 
     def variant(self, hierarchical: HierarchicalGather) -> _C.Variant:
         """Chooses between flat and hierarchical; "auto" is hierarchical where a group spans nodes.
@@ -226,13 +248,29 @@ class Groups:
     ) -> dist.ProcessGroup:
         """Gives the process group of `ranks` for `name`; every rank makes all of `groups` once.
 
-        One per communicator: they run on streams of their own, and a process group is one order.
+        One per name: what has another name runs on another stream, and a process group is one order.
         """
         key = f"{name} {groups}"
-        if key not in self._process_groups:
+        found = _shared().process_groups.get(key)
+        if found is None:
             made = {str(group): dist.new_group(group) for group in groups}
-            self._process_groups[key] = made[str(ranks)]
-        return self._process_groups[key]
+            found = _shared().process_groups[key] = made[str(ranks)]
+        return found
+
+    def streams(self, device: torch.device) -> _C.RuntimeStreams:
+        """Gives the streams for shards on `device`: threads, or the caller's own one.
+
+        On the caller's thread in a world of one, where there is nothing to wait for, on other devices
+        than a CPU, and where MICS_STREAMS=inline.
+        """
+        kind = os.environ.get("MICS_STREAMS", "threads")
+        if kind not in ("inline", "threads"):
+            raise ValueError(f'MICS_STREAMS must be "inline" or "threads": got "{kind}".')
+        on_threads = kind == "threads" and device.type == "cpu" and self.topology.world_size > 1
+        found = _shared().streams.get(on_threads)
+        if found is None:
+            found = _shared().streams[on_threads] = _C.RuntimeStreams(on_threads=on_threads)
+        return found
 
 
 def _attach_groups(mesh: DeviceMesh, nodes: list[str]) -> Groups:

@@ -22,29 +22,36 @@ bool is_inside_autograd() { return torch::autograd::get_current_graph_task_id() 
 }  // namespace
 
 std::shared_ptr<Engine> Engine::create(std::vector<std::shared_ptr<Unit>> units,
-                                       Communicator* control, RuntimeStreams streams,
-                                       Depths depths) {
+                                       Communicator* control,
+                                       std::shared_ptr<RuntimeStreams> streams, Depths depths) {
   return std::shared_ptr<Engine>(new Engine(std::move(units), control, std::move(streams), depths));
 }
 
 Engine::Engine(std::vector<std::shared_ptr<Unit>> units, Communicator* control,
-               RuntimeStreams streams, Depths depths)
+               std::shared_ptr<RuntimeStreams> streams, Depths depths)
     : units_(std::move(units)),
       control_(control),
       depths_(depths),
       streams_(std::move(streams)),
       schedule_(static_cast<int>(units_.size())),
-      gathers_(units_, streams_),
-      reduces_(units_, depths_, streams_),
-      flags_summed_(streams_.replicate->make_event()),
+      gathers_(units_, *streams_),
+      reduces_(units_, depths_, *streams_),
+      flags_summed_(streams_->replicate->make_event()),
       forward_prefetch_(units_.size()),
       backward_prefetch_(units_.size()),
       forward_orders_(units_.size()),
       backward_orders_(units_.size()),
       open_calls_(units_.size()) {}
 
-// Queued work uses the units' tensors: the streams end first.
-Engine::~Engine() { streams_ = RuntimeStreams(); }
+// Queued work uses the communicators.
+Engine::~Engine() {
+  for (Stream* stream : streams_->communication()) {
+    try {
+      stream->synchronize();
+    } catch (...) {  // a failure that nobody waited for
+    }
+  }
+}
 
 Engine::MemoryKey Engine::memory_key() const {
   MemoryKey key;
@@ -56,7 +63,7 @@ Engine::MemoryKey Engine::memory_key() const {
 
 void Engine::ensure_memory() {
   if (memory_ == nullptr) {
-    memory_ = std::make_unique<RuntimeMemory>(units_, depths_, *streams_.compute);
+    memory_ = std::make_unique<RuntimeMemory>(units_, depths_, *streams_->compute);
     memory_key_ = memory_key();
     gathers_.set_memory(memory_.get());
     reduces_.set_memory(memory_.get());
@@ -66,7 +73,7 @@ void Engine::ensure_memory() {
 
 // Only while no module holds full parameters and no gradient block holds a sum.
 void Engine::drop_memory() {
-  for (Stream* stream : streams_.communication()) stream->synchronize();
+  for (Stream* stream : streams_->communication()) stream->synchronize();
   gathers_.reset();
   memory_ = nullptr;
 }
@@ -181,7 +188,7 @@ void Engine::begin_forward() {
 }
 
 bool Engine::has_failed() const {
-  const std::vector<Stream*> streams = streams_.communication();
+  const std::vector<Stream*> streams = streams_->communication();
   return std::any_of(streams.begin(), streams.end(),
                      [](const Stream* stream) { return stream->has_failed(); });
 }
@@ -349,7 +356,7 @@ std::vector<bool> Engine::sum_flags(const std::vector<int>& finished, int64_t nu
     used.insert(used.end(), unit(index).used().begin(), unit(index).used().end());
   }
   if (control_ == nullptr) return used;
-  streams_.compute->wait(*flags_summed_);  // of the last boundary
+  streams_->compute->wait(*flags_summed_);  // of the last boundary
   // The transport of the control group is that of the shards.
   const at::Device device = units_.front()->device();
   if (!flags_.defined() || flags_.numel() != num_flags) {
@@ -359,11 +366,11 @@ std::vector<bool> Engine::sum_flags(const std::vector<int>& finished, int64_t nu
   at::Tensor on_host = device.is_cpu() ? flags_ : at::empty({num_flags}, at::kLong);
   std::copy(used.begin(), used.end(), on_host.mutable_data_ptr<int64_t>());
   if (!device.is_cpu()) flags_.copy_(on_host);
-  control_->all_reduce(flags_, *streams_.replicate);
-  streams_.replicate->record(*flags_summed_);
+  control_->all_reduce(flags_, *streams_->replicate);
+  streams_->replicate->record(*flags_summed_);
   // Used here is used somewhere: nothing to wait for.
   if (std::find(used.begin(), used.end(), false) == used.end()) return used;
-  streams_.compute->wait(*flags_summed_);
+  streams_->compute->wait(*flags_summed_);
   on_host = flags_.to(at::kCPU);
   const auto* flag = on_host.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < num_flags; ++i) used[static_cast<size_t>(i)] = flag[i] > 0;
@@ -389,10 +396,10 @@ bool Engine::matches_requires_grad() const {
 void Engine::drop_gradients(int unit) { reduces_.drop(unit); }
 
 void Engine::reset_pipelines() {
-  for (Stream* stream : streams_.communication()) stream->reset();
+  for (Stream* stream : streams_->communication()) stream->reset();
   gathers_.reset();
   reduces_.reset();
-  flags_summed_ = streams_.replicate->make_event();
+  flags_summed_ = streams_->replicate->make_event();
   memory_ = nullptr;
 }
 

@@ -64,7 +64,7 @@ class Model {
     std::vector<std::shared_ptr<Unit>> units;
     for (int layer = 0; layer < kNumLayers; ++layer) units.push_back(make_unit(layer, p, rank % p));
     for (const auto& unit : units) unit->settings().gradient_factor = 1.0 / shape.size();
-    engine_ = Engine::create(units, control_.get(), make_worker_streams(units, control_.get()));
+    engine_ = Engine::create(units, control_.get(), make_worker_streams());
   }
 
   at::Tensor forward(at::Tensor x) {
