@@ -301,7 +301,9 @@ class ShardedUnit:
         reshard = settings.reshard_after_forward
         residency = target.residency
         residency.after_forward = (
-            _C.Residency.SHARD if (reshard is None and not is_root) or reshard else _C.Residency.FULL
+            _C.Residency.SHARD
+            if (reshard is None and not is_root) or reshard
+            else _C.Residency.FULL
         )
         residency.between_microsteps = (
             _C.Residency.SHARD if settings.reshard_after_backward else _C.Residency.FULL

@@ -244,8 +244,7 @@ void Engine::post_forward(int unit, bool failed) {
   // come.
   if (open.is_recomputation) return;
   const ResidencySettings& residency = units_[static_cast<size_t>(unit)]->settings().residency;
-  rest(unit, failed ? Residency::kShard
-                    : std::max(residency.after_forward, residency.between_microsteps));
+  rest(unit, failed ? Residency::kShard : residency.after_forward);
   if (--forward_depth_ == 0) {
     forward_tape_ = nullptr;
     end_phase();

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CPP_SUFFIXES = {".h", ".cc", ".cu"}
 
-PLAN_HEADERS = ("topology.h", "shard_layout.h", "schedule.h", "cost_model.h")
+PLAN_HEADERS = ("topology.h", "shard_layout.h", "schedule.h", "use_order.h", "cost_model.h")
 BASE_HEADERS = ("check.h", "error.h", "build_info.h")
 COMM_HEADERS = (
     "stream.h",
@@ -26,8 +26,16 @@ COMM_HEADERS = (
     "c10d_communicator.h",
     "shm_communicator.h",
 )
-SHARD_HEADERS = ("arena.h", "full_buffer.h")
-COLLECTIVE_HEADERS = ("unit_collectives.h", "grad_sync.h")
+SHARD_HEADERS = ("full_buffer.h",)
+COLLECTIVE_HEADERS = ("unit_collectives.h",)
+RUNTIME_HEADERS = (
+    "unit.h",
+    "runtime_memory.h",
+    "runtime_streams.h",
+    "gather_pipeline.h",
+    "reduce_pipeline.h",
+    "engine.h",
+)
 
 STD = "std"  # any header named without a directory and without .h: <vector>, <cstdint>
 BESIDE = "beside"  # a header of the same folder: "bindings.h"
@@ -109,7 +117,7 @@ ROOMS = (
     ),
     Room(
         "src/runtime",
-        (*PLAN, *COMM, *public(*SHARD_HEADERS, *COLLECTIVE_HEADERS, "unit.h", "engine.h"))
+        (*PLAN, *COMM, *public(*SHARD_HEADERS, *COLLECTIVE_HEADERS, *RUNTIME_HEADERS))
         + ("base/*", "comm/*", "shard/*", "collective/*", "runtime/*", "torch/csrc/autograd/*"),
         "runtime needs the rooms below it and never a backend",
         ("comm/local/*", "comm/c10d/*", "comm/nccl/*", "comm/shm/*"),
