@@ -17,7 +17,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CPP_SUFFIXES = {".h", ".cc", ".cu"}
 
-PLAN_HEADERS = ("topology.h", "shard_layout.h", "schedule.h", "cost_model.h")
+PLAN_HEADERS = (
+    "topology.h",
+    "shard_layout.h",
+    "schedule.h",
+    "cost_model.h",
+    "measured_table.h",
+    "workload.h",
+    "step_model.h",
+)
 BASE_HEADERS = ("check.h", "error.h", "build_info.h")
 COMM_HEADERS = (
     "stream.h",
