@@ -92,6 +92,9 @@ struct StepTime {
 [[nodiscard]] double step_time_bound(const Workload& workload, const Cluster& cluster,
                                      const StepSettings& settings);
 
+// The checks of step_time() alone.
+void check_step(const Workload& workload, const Cluster& cluster, const StepSettings& settings);
+
 // Seconds of a collective by table or formula; sets `is_extrapolated` when it leaves a table.
 [[nodiscard]] double flat_seconds(const Cluster& cluster, int num_ranks, double nbytes,
                                   bool& is_extrapolated);

@@ -3,6 +3,8 @@
 #include "bindings.h"
 #include "mics/cost_model.h"
 #include "mics/measured_table.h"
+#include "mics/memory_model.h"
+#include "mics/planner.h"
 #include "mics/step_model.h"
 #include "mics/workload.h"
 
@@ -158,12 +160,104 @@ void bind_step(py::module_& module) {
              py::arg("settings"));
 }
 
+void bind_memory(py::module_& module) {
+  Fields<MemoryLimits>(module, "MemoryLimits")
+      .field("capacity_nbytes", &MemoryLimits::capacity_nbytes)
+      .field("usable", &MemoryLimits::usable)
+      .field("context_nbytes", &MemoryLimits::context_nbytes)
+      .field("communicator_nbytes", &MemoryLimits::communicator_nbytes)
+      .field("state_nbytes", &MemoryLimits::state_nbytes)
+      .field("bucket_nbytes", &MemoryLimits::bucket_nbytes);
+  Fields<MemoryTerms>(module, "MemoryTerms")
+      .field("states", &MemoryTerms::states)
+      .field("parameters_kept", &MemoryTerms::parameters_kept)
+      .field("gradients_kept", &MemoryTerms::gradients_kept)
+      .field("gathered", &MemoryTerms::gathered)
+      .field("staging", &MemoryTerms::staging)
+      .field("unit_gradients", &MemoryTerms::unit_gradients)
+      .field("activations", &MemoryTerms::activations)
+      .field("recomputation", &MemoryTerms::recomputation)
+      .field("head", &MemoryTerms::head)
+      .field("communicators", &MemoryTerms::communicators)
+      .field("forward_end", &MemoryTerms::forward_end)
+      .field("backward", &MemoryTerms::backward)
+      .field("peak", &MemoryTerms::peak);
+  module.def("step_memory", &step_memory, py::arg("workload"), py::arg("cluster"),
+             py::arg("settings"), py::arg("limits"));
+  module.def("fits", &fits, py::arg("memory"), py::arg("limits"));
+}
+
+void bind_planner(py::module_& module) {
+  Fields<PlanRequest>(module, "PlanRequest")
+      .field("workload", &PlanRequest::workload)
+      .field("cluster", &PlanRequest::cluster)
+      .field("limits", &PlanRequest::limits)
+      .field("world_size", &PlanRequest::world_size)
+      .field("global_batch", &PlanRequest::global_batch)
+      .field("partition_sizes", &PlanRequest::partition_sizes)
+      .field("micro_batches", &PlanRequest::micro_batches)
+      .field("variants", &PlanRequest::variants)
+      .field("recompute", &PlanRequest::recompute)
+      .field("vary_residency", &PlanRequest::vary_residency)
+      .field("vary_prefetch", &PlanRequest::vary_prefetch)
+      .field("base", &PlanRequest::base)
+      .field("num_ranked", &PlanRequest::num_ranked);
+  Fields<Candidate>(module, "Candidate")
+      .field("settings", &Candidate::settings)
+      .field("time", &Candidate::time)
+      .field("memory", &Candidate::memory);
+  Fields<PlanResult>(module, "PlanResult")
+      .field("ranked", &PlanResult::ranked)
+      .field("best_by_partition_size", &PlanResult::best_by_partition_size)
+      .field("misses", &PlanResult::misses)
+      .field("num_considered", &PlanResult::num_considered)
+      .field("num_fitting", &PlanResult::num_fitting)
+      .field("num_simulated", &PlanResult::num_simulated);
+  module.def("plan_step", &plan_step, py::arg("request"), py::call_guard<py::gil_scoped_release>());
+}
+
+// What a run should count, from the lengths of a unit's layout: bytes that one rank receives.
+void bind_bytes(py::module_& module) {
+  Fields<HopCounts>(module, "HopCounts")
+      .field("gather_rail", &HopCounts::gather_rail)
+      .field("gather_intra", &HopCounts::gather_intra)
+      .field("reduce_intra", &HopCounts::reduce_intra)
+      .field("reduce_rail", &HopCounts::reduce_rail)
+      .field("replicate", &HopCounts::replicate);
+  Fields<UnitSize>(module, "UnitSize")
+      .field("shard_numel", &UnitSize::shard_numel)
+      .field("payload_numel", &UnitSize::payload_numel)
+      .field("gradient_shard_numel", &UnitSize::gradient_shard_numel)
+      .field("gradient_payload_numel", &UnitSize::gradient_payload_numel)
+      .field("parameter_nbytes", &UnitSize::parameter_nbytes)
+      .field("gradient_nbytes", &UnitSize::gradient_nbytes)
+      .field("replicate_nbytes", &UnitSize::replicate_nbytes);
+  Fields<StepBytes>(module, "StepBytes")
+      .field("gather_rail", &StepBytes::gather_rail)
+      .field("gather_intra", &StepBytes::gather_intra)
+      .field("reduce_rail", &StepBytes::reduce_rail)
+      .field("reduce_intra", &StepBytes::reduce_intra)
+      .field("replicate", &StepBytes::replicate);
+  module.def("count_hops", &count_hops, py::arg("residency"), py::arg("num_microsteps"),
+             py::arg("replication_size"));
+  module.def(
+      "step_bytes",
+      [](const UnitSize& unit, std::pair<int, int> shape, int replication_size,
+         const HopCounts& hops) {
+        return step_bytes(unit, {shape.first, shape.second}, replication_size, hops);
+      },
+      py::arg("unit"), py::arg("shape"), py::arg("replication_size"), py::arg("hops"));
+}
+
 }  // namespace
 
 void bind_cost(py::module_& module) {
   bind_costs(module);
   bind_workload(module);
   bind_step(module);
+  bind_memory(module);
+  bind_planner(module);
+  bind_bytes(module);
 }
 
 }  // namespace mics

@@ -212,6 +212,102 @@ class StepTime:
 
 def step_time(workload: Workload, cluster: Cluster, settings: StepSettings) -> StepTime: ...
 def step_time_bound(workload: Workload, cluster: Cluster, settings: StepSettings) -> float: ...
+
+class MemoryLimits:
+    capacity_nbytes: float
+    usable: float
+    context_nbytes: float
+    communicator_nbytes: float
+    state_nbytes: float
+    bucket_nbytes: float
+    def __init__(self, **fields: Any) -> None: ...
+
+class MemoryTerms:
+    states: float
+    parameters_kept: float
+    gradients_kept: float
+    gathered: float
+    staging: float
+    unit_gradients: float
+    activations: float
+    recomputation: float
+    head: float
+    communicators: float
+    forward_end: float
+    backward: float
+    peak: float
+    def __init__(self, **fields: Any) -> None: ...
+
+def step_memory(
+    workload: Workload, cluster: Cluster, settings: StepSettings, limits: MemoryLimits
+) -> MemoryTerms: ...
+def fits(memory: MemoryTerms, limits: MemoryLimits) -> bool: ...
+
+class PlanRequest:
+    workload: Workload
+    cluster: Cluster
+    limits: MemoryLimits
+    world_size: int
+    global_batch: int
+    partition_sizes: list[int]
+    micro_batches: list[int]
+    variants: list[Variant]
+    recompute: list[bool]
+    vary_residency: bool
+    vary_prefetch: bool
+    base: StepSettings
+    num_ranked: int
+    def __init__(self, **fields: Any) -> None: ...
+
+class Candidate:
+    settings: StepSettings
+    time: StepTime
+    memory: MemoryTerms
+    def __init__(self, **fields: Any) -> None: ...
+
+class PlanResult:
+    ranked: list[Candidate]
+    best_by_partition_size: list[Candidate]
+    misses: list[Candidate]
+    num_considered: int
+    num_fitting: int
+    num_simulated: int
+    def __init__(self, **fields: Any) -> None: ...
+
+def plan_step(request: PlanRequest) -> PlanResult: ...
+
+class HopCounts:
+    gather_rail: int
+    gather_intra: int
+    reduce_intra: int
+    reduce_rail: int
+    replicate: int
+    def __init__(self, **fields: Any) -> None: ...
+
+class UnitSize:
+    shard_numel: int
+    payload_numel: int
+    gradient_shard_numel: int
+    gradient_payload_numel: int
+    parameter_nbytes: int
+    gradient_nbytes: int
+    replicate_nbytes: int
+    def __init__(self, **fields: Any) -> None: ...
+
+class StepBytes:
+    gather_rail: int
+    gather_intra: int
+    reduce_rail: int
+    reduce_intra: int
+    replicate: int
+    def __init__(self, **fields: Any) -> None: ...
+
+def count_hops(
+    residency: ResidencySettings, num_microsteps: int, replication_size: int
+) -> HopCounts: ...
+def step_bytes(
+    unit: UnitSize, shape: tuple[int, int], replication_size: int, hops: HopCounts
+) -> StepBytes: ...
 def layout_alignment(parameter_dtype: torch.dtype, reduce_dtype: torch.dtype) -> int: ...
 
 class Traffic:

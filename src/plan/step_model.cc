@@ -80,15 +80,18 @@ class UnitPricer {
   bool is_extrapolated_ = false;
 };
 
-void check_settings(const Workload& workload, const Cluster& cluster,
-                    const StepSettings& settings) {
+}  // namespace
+
+void check_step(const Workload& workload, const Cluster& cluster, const StepSettings& settings) {
   check_workload(workload);
-  const std::vector<int> legal = Topology::legal_partition_sizes(
-      settings.world_size, std::min(settings.world_size, cluster.machine.ranks_per_node));
-  MICS_CHECK(std::find(legal.begin(), legal.end(), settings.partition_size) != legal.end(),
-             "partition_size must be legal for the cluster: got partition_size=",
-             settings.partition_size, ", world_size=", settings.world_size,
-             ", ranks_per_node=", cluster.machine.ranks_per_node, ". Use ", join_or(legal), ".");
+  const int n = settings.world_size;
+  const int p = settings.partition_size;
+  const int local = std::min(n, cluster.machine.ranks_per_node);
+  const bool is_legal =
+      n >= 1 && p >= 1 && local >= 1 && n % p == 0 && (local % p == 0 || p % local == 0);
+  MICS_CHECK(is_legal, "partition_size must be legal for the cluster: got partition_size=", p,
+             ", world_size=", n, ", ranks_per_node=", cluster.machine.ranks_per_node, ". Use ",
+             join_or(Topology::legal_partition_sizes(n, local)), ".");
   MICS_CHECK(settings.num_microsteps >= 1 && settings.micro_batch >= 1,
              "a step needs micro-steps and samples: got num_microsteps=", settings.num_microsteps,
              ", micro_batch=", settings.micro_batch, ".");
@@ -100,6 +103,8 @@ void check_settings(const Workload& workload, const Cluster& cluster,
              ", efficiency=", cluster.efficiency, ", memory_bandwidth=", cluster.memory_bandwidth,
              ".");
 }
+
+namespace {
 
 // The operations of the first micro-steps of a step, at most kSimulatedMicrosteps; the last of them
 // is the step's last. Fills the sums of `time` for the whole step.
@@ -113,7 +118,7 @@ class StepBuilder {
       const HopSeconds hops = pricer.price(static_cast<double>(unit.numel));
       const double forward = unit.forward_flops * settings.micro_batch / speed;
       const double backward = forward * (settings.recompute && unit.can_recompute ? 3 : 2);
-      for (int i = 0; i < unit.num_units; ++i) units_.push_back({hops, forward, backward});
+      units_.push_back({hops, forward, backward, unit.num_units});
     }
     is_extrapolated_ = pricer.is_extrapolated();
     const int replicas = settings.world_size / settings.partition_size;
@@ -125,11 +130,16 @@ class StepBuilder {
 
   std::vector<StepOperation> operations(int num_microsteps) const {
     std::vector<StepOperation> all;
-    all.reserve(2 * units_.size() * static_cast<size_t>(num_microsteps));
+    int count = 0;
+    for (const Unit& unit : units_) count += unit.num_units;
+    all.reserve(2 * static_cast<size_t>(count) * static_cast<size_t>(num_microsteps));
+    const auto append = [&](const StepOperation& operation, int times) {
+      all.insert(all.end(), static_cast<size_t>(times), operation);
+    };
     for (int microstep = 0; microstep < num_microsteps; ++microstep) {
-      for (const Unit& unit : units_) all.push_back(forward(unit, microstep));
+      for (const Unit& unit : units_) append(forward(unit, microstep), unit.num_units);
       for (size_t i = units_.size(); i-- > 0;) {
-        all.push_back(backward(units_[i], microstep == num_microsteps - 1));
+        append(backward(units_[i], microstep == num_microsteps - 1), units_[i].num_units);
       }
     }
     return all;
@@ -143,12 +153,14 @@ class StepBuilder {
     const double s = settings_.num_microsteps;
     const double replicates = settings_.sync == GradientSync::kTwoHop ? 1 : s;
     for (const Unit& unit : units_) {
-      time.compute += s * (unit.forward + unit.backward);
-      time.gather_rail += static_cast<double>(counts.gather_rail) * unit.hops.gather_rail;
-      time.gather_intra += static_cast<double>(counts.gather_intra) * unit.hops.gather_intra;
-      time.reduce_intra += static_cast<double>(counts.reduce_intra) * unit.hops.reduce_intra;
-      time.reduce_rail += static_cast<double>(counts.reduce_rail) * unit.hops.reduce_rail;
-      time.replicate += replicates * unit.hops.replicate;
+      const double units = unit.num_units;
+      const auto times = [&](int64_t count) { return units * static_cast<double>(count); };
+      time.compute += s * units * (unit.forward + unit.backward);
+      time.gather_rail += times(counts.gather_rail) * unit.hops.gather_rail;
+      time.gather_intra += times(counts.gather_intra) * unit.hops.gather_intra;
+      time.reduce_intra += times(counts.reduce_intra) * unit.hops.reduce_intra;
+      time.reduce_rail += times(counts.reduce_rail) * unit.hops.reduce_rail;
+      time.replicate += replicates * units * unit.hops.replicate;
     }
     return time;
   }
@@ -160,6 +172,7 @@ class StepBuilder {
     HopSeconds hops;
     double forward;
     double backward;
+    int num_units;
   };
 
   // The same rules as count_hops().
@@ -212,7 +225,7 @@ double flat_seconds(const Cluster& cluster, int num_ranks, double nbytes, bool& 
 }
 
 StepTime step_time(const Workload& workload, const Cluster& cluster, const StepSettings& settings) {
-  check_settings(workload, cluster, settings);
+  check_step(workload, cluster, settings);
   const StepBuilder builder(workload, cluster, settings);
   StepTime time = builder.sums();
   time.optimizer = optimizer_seconds(workload, cluster, settings);
@@ -246,7 +259,7 @@ StepTime step_time(const Workload& workload, const Cluster& cluster, const StepS
 
 double step_time_bound(const Workload& workload, const Cluster& cluster,
                        const StepSettings& settings) {
-  check_settings(workload, cluster, settings);
+  check_step(workload, cluster, settings);
   const StepBuilder builder(workload, cluster, settings);
   const StepTime time = builder.sums();
   double network = time.gather_rail + time.reduce_rail;

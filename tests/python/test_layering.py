@@ -25,6 +25,8 @@ PLAN_HEADERS = (
     "measured_table.h",
     "workload.h",
     "step_model.h",
+    "memory_model.h",
+    "planner.h",
 )
 BASE_HEADERS = ("check.h", "error.h", "build_info.h")
 COMM_HEADERS = (
