@@ -43,8 +43,8 @@ struct Candidate {
 struct PlanResult {
   // Fastest first; at most num_ranked. Empty: nothing fits.
   std::vector<Candidate> ranked;
-  // The best of each partition size that has one, by partition size.
-  std::vector<Candidate> best_by_partition_size;
+  // The best of each partition size and variant that has one, in this order.
+  std::vector<Candidate> leaders;
   // Of each partition size at which nothing fits, the candidate that needs least; `time` is not
   // set.
   std::vector<Candidate> misses;

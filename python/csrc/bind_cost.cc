@@ -208,7 +208,7 @@ void bind_planner(py::module_& module) {
       .field("memory", &Candidate::memory);
   Fields<PlanResult>(module, "PlanResult")
       .field("ranked", &PlanResult::ranked)
-      .field("best_by_partition_size", &PlanResult::best_by_partition_size)
+      .field("leaders", &PlanResult::leaders)
       .field("misses", &PlanResult::misses)
       .field("num_considered", &PlanResult::num_considered)
       .field("num_fitting", &PlanResult::num_fitting)

@@ -267,7 +267,7 @@ class Candidate:
 
 class PlanResult:
     ranked: list[Candidate]
-    best_by_partition_size: list[Candidate]
+    leaders: list[Candidate]
     misses: list[Candidate]
     num_considered: int
     num_fitting: int

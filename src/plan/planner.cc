@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 #include <map>
+#include <utility>
 
 #include "mics/check.h"
 
@@ -47,6 +48,8 @@ class Search {
   }
 
  private:
+  using Kind = std::pair<int, Variant>;
+
   std::vector<int> partition_sizes() const {
     const int per_node = std::min(request_.world_size, request_.cluster.machine.ranks_per_node);
     std::vector<int> legal = Topology::legal_partition_sizes(request_.world_size, per_node);
@@ -153,19 +156,20 @@ class Search {
     options_.push_back({settings, memory, bound});
   }
 
-  // In the order of bounds; an option whose bound is no better than what its partition size and the
-  // ranking have already cannot enter either.
+  // In the order of bounds; an option whose bound is no better than the leader of its kind and the
+  // last of the ranking cannot take the place of either.
   void simulate() {
     std::stable_sort(options_.begin(), options_.end(),
                      [](const Option& a, const Option& b) { return a.bound < b.bound; });
-    std::map<int, Candidate> best;
+    std::map<Kind, Candidate> best;
     const auto is_faster = [](const Candidate& a, const Candidate& b) {
       return a.time.total < b.time.total;
     };
     std::vector<Candidate>& ranked = result_.ranked;
     const size_t num_ranked = static_cast<size_t>(request_.num_ranked);
     for (const Option& option : options_) {
-      const auto known = best.find(option.settings.partition_size);
+      const Kind kind{option.settings.partition_size, option.settings.gather};
+      const auto known = best.find(kind);
       const bool may_rank = ranked.size() < num_ranked || option.bound < ranked.back().time.total;
       const bool may_lead = known == best.end() || option.bound < known->second.time.total;
       if (!may_rank && !may_lead) continue;
@@ -174,7 +178,7 @@ class Search {
                                 step_time(request_.workload, request_.cluster, option.settings),
                                 option.memory};
       if (known == best.end()) {
-        best.emplace(option.settings.partition_size, candidate);
+        best.emplace(kind, candidate);
       } else if (is_faster(candidate, known->second)) {
         known->second = candidate;
       }
@@ -182,10 +186,11 @@ class Search {
                     candidate);
       if (ranked.size() > num_ranked) ranked.pop_back();
     }
-    for (const auto& [p, candidate] : best) result_.best_by_partition_size.push_back(candidate);
-    for (const auto& [p, candidate] : misses_) {
-      if (!best.contains(p)) result_.misses.push_back(candidate);
+    for (const auto& [kind, leader] : best) {
+      result_.leaders.push_back(leader);
+      misses_.erase(kind.first);
     }
+    for (const auto& [p, candidate] : misses_) result_.misses.push_back(candidate);
   }
 
   const PlanRequest& request_;

@@ -244,15 +244,17 @@ StepTime step_time(const Workload& workload, const Cluster& cluster, const StepS
     boundary = time.replicate;
   }
   const size_t per_microstep = operations.size() / static_cast<size_t>(simulated);
-  const auto end_of = [&](int microstep) {
-    return queues.compute_ends[per_microstep * static_cast<size_t>(microstep + 1) - 1];
+  const auto of_third = [&](const std::vector<double>& ends) {
+    return ends[3 * per_microstep - 1] - ends[2 * per_microstep - 1];
   };
   const double repeats = settings.num_microsteps - simulated;
-  const double repeated = repeats > 0 ? end_of(2) - end_of(1) : 0;
-  time.total = queues.total + repeats * repeated + boundary + time.optimizer;
-  // Contention of repeated micro-steps is that of the simulated ones, on average.
-  const double share = static_cast<double>(simulated) / settings.num_microsteps;
-  time.contention = std::max(0.0, queues.compute_busy / share - time.compute);
+  time.total = queues.total + boundary + time.optimizer;
+  double busy = queues.compute_busy;
+  if (repeats > 0) {
+    time.total += repeats * of_third(queues.compute_ends);
+    busy += repeats * of_third(queues.busy_at_ends);
+  }
+  time.contention = std::max(0.0, busy - time.compute);
   time.exposed = std::max(0.0, time.total - time.compute - time.contention - time.optimizer);
   return time;
 }

@@ -29,6 +29,7 @@ class Simulation {
   Simulation(const std::vector<StepOperation>& operations, const QueueOptions& options)
       : operations_(operations), options_(options), gathered_(operations.size(), kNothing) {
     times_.compute_ends.resize(operations.size());
+    times_.busy_at_ends.resize(operations.size());
     network_.tasks.reserve(3 * operations.size());
     intra_.tasks.reserve(2 * operations.size());
   }
@@ -144,6 +145,7 @@ class Simulation {
       const size_t i = next_compute_++;
       compute_busy_ = false;
       times_.compute_ends[i] = now_;
+      times_.busy_at_ends[i] = times_.compute_busy;
       push(Kind::kReduceIntra, i, operations_[i].reduce_intra, true);
       issue_gathers(next_compute_, 0, 0);
     }

@@ -28,6 +28,7 @@ struct QueueTimes {
   double total = 0;                  // when the last queue is empty
   double compute_busy = 0;           // seconds in which something was computed
   std::vector<double> compute_ends;  // by operation
+  std::vector<double> busy_at_ends;  // compute_busy at those times
 };
 
 [[nodiscard]] QueueTimes run_queues(const std::vector<StepOperation>& operations,

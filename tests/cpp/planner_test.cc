@@ -51,9 +51,9 @@ TEST(Planner, GivesWhatSimulatingEverythingGives) {
     EXPECT_EQ(few.ranked[i].time.total, all.ranked[i].time.total);
     EXPECT_TRUE(is_same(few.ranked[i].settings, all.ranked[i].settings)) << i;
   }
-  ASSERT_EQ(few.best_by_partition_size.size(), all.best_by_partition_size.size());
-  for (size_t i = 0; i < few.best_by_partition_size.size(); ++i) {
-    EXPECT_EQ(few.best_by_partition_size[i].time.total, all.best_by_partition_size[i].time.total);
+  ASSERT_EQ(few.leaders.size(), all.leaders.size());
+  for (size_t i = 0; i < few.leaders.size(); ++i) {
+    EXPECT_EQ(few.leaders[i].time.total, all.leaders[i].time.total);
   }
 }
 

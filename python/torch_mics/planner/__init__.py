@@ -4,6 +4,8 @@ The models are the C++ core's (include/mics/step_model.h, memory_model.h, planne
 are fed with, calibrations and published runs, and what is made of their numbers.
 """
 
+from torch_mics.planner._bytes import predicted_bytes
 from torch_mics.planner._calibration import Calibration, load_calibration
+from torch_mics.planner._plan import Plan, plan
 
-__all__ = ["Calibration", "load_calibration"]
+__all__ = ["Calibration", "Plan", "load_calibration", "plan", "predicted_bytes"]
