@@ -22,6 +22,7 @@ BUILD_TREE = ROOT / ".build" / "python"  # kept, so that the next build is incre
 SETUPTOOLS_TREE = ROOT / ".build" / "setuptools"
 
 EXTRAS = {
+    "plan": ["rich", "matplotlib"],
     "examples": ["jsonargparse", "rich", "tokenizers", "matplotlib"],
     "hf": ["safetensors", "transformers"],
     "dev": [
@@ -128,7 +129,11 @@ if __name__ == "__main__":
         extras_require=EXTRAS,
         package_dir={"": "python"},
         packages=find_packages("python", include=["torch_mics", "torch_mics.*"]),
-        package_data={"torch_mics": ["py.typed", "*.pyi"]},
+        package_data={
+            "torch_mics": ["py.typed", "*.pyi"],
+            "torch_mics.planner": ["data/*.json", "data/calibrations/*.json"],
+        },
+        entry_points={"console_scripts": ["torch_mics = torch_mics.planner._cli:main"]},
         ext_modules=[Extension("torch_mics._C", sources=[])],
         cmdclass={"build_ext": CMakeBuild},
         options={"build": {"build_base": str(SETUPTOOLS_TREE.relative_to(ROOT))}},

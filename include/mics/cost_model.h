@@ -81,7 +81,8 @@ struct Link {
 
 struct Machine {
   int ranks_per_node = 1;
-  double launch = 0;  // seconds before the first byte of a collective over nodes
+  double launch = 0;       // seconds before the first byte of a flat collective over nodes
+  double rail_launch = 0;  // the same, of one hop over nodes
   Link intra;
   Link inter;
 };
@@ -89,7 +90,7 @@ struct Machine {
 // Seconds of one all-gather or reduce-scatter in which every rank ends, or begins, with `nbytes`.
 //   inside a node      (p-1)*a_intra + (p-1)/p * nbytes/B_intra
 //   flat over nodes    launch + (p-m)*a_intra + (m-1)*a_inter + (p-1)/p * nbytes/B_inter   (ring)
-//   hop over nodes     launch + (m-1)*a_inter + (p-k)/p * nbytes/B_inter   (k parallel rings)
+//   hop over nodes     rail_launch + (m-1)*a_inter + (p-k)/p * nbytes/B_inter   (k parallel rings)
 //   hop inside nodes   (k-1)*a_intra + (k-1)/k * nbytes/B_intra
 // with p ranks, k of them on each of m = p/k nodes.
 // Throws InvalidArgument for num_ranks < 1, nbytes < 0, a bandwidth <= 0, a latency < 0, or ranks

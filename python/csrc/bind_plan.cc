@@ -1,7 +1,6 @@
 #include <pybind11/stl.h>
 
 #include "bindings.h"
-#include "mics/cost_model.h"
 #include "mics/shard_layout.h"
 #include "mics/topology.h"
 
@@ -13,17 +12,6 @@ void bind_plan(py::module_& module) {
   py::enum_<Variant>(module, "Variant")
       .value("FLAT", Variant::kFlat)
       .value("HIERARCHICAL", Variant::kHierarchical);
-
-  py::enum_<Residency>(module, "Residency")
-      .value("SHARD", Residency::kShard)
-      .value("BLOCK", Residency::kBlock)
-      .value("FULL", Residency::kFull);
-
-  py::class_<ResidencySettings>(module, "ResidencySettings")
-      .def(py::init<>())
-      .def_readwrite("after_forward", &ResidencySettings::after_forward)
-      .def_readwrite("between_microsteps", &ResidencySettings::between_microsteps)
-      .def_readwrite("gradient_accumulation", &ResidencySettings::gradient_accumulation);
 
   py::class_<Topology>(module, "Topology")
       .def(py::init([](std::vector<std::string> node_of_rank, int partition_size) {

@@ -6,6 +6,7 @@
 namespace mics {
 
 void bind_plan(pybind11::module_& module);
+void bind_cost(pybind11::module_& module);  // time and memory models
 void bind_comm(pybind11::module_& module);
 void bind_runtime(pybind11::module_& module);
 

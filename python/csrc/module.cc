@@ -18,6 +18,7 @@ PYBIND11_MODULE(_C, module) {
   py::register_exception<mics::TimeoutError>(module, "TimeoutError", comm_error);
 
   mics::bind_plan(module);
+  mics::bind_cost(module);
   mics::bind_comm(module);
   mics::bind_runtime(module);
 }

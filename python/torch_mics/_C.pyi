@@ -2,6 +2,7 @@
 
 import datetime
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,17 +20,6 @@ class Variant:
     FLAT: Variant
     HIERARCHICAL: Variant
     def __hash__(self) -> int: ...
-
-class Residency:
-    SHARD: Residency
-    BLOCK: Residency
-    FULL: Residency
-
-class ResidencySettings:
-    after_forward: Residency
-    between_microsteps: Residency
-    gradient_accumulation: Residency
-    def __init__(self) -> None: ...
 
 class Topology:
     def __init__(self, *, node_of_rank: Sequence[str], partition_size: int) -> None: ...
@@ -86,6 +76,238 @@ class ShardLayout:
     def parameter(self, index: int) -> ParameterLayout: ...
     def rows_of(self, index: int, partition_rank: int) -> tuple[int, int]: ...
 
+class Residency:
+    SHARD: Residency
+    BLOCK: Residency
+    FULL: Residency
+    @property
+    def name(self) -> str: ...
+
+class ResidencySettings:
+    after_forward: Residency
+    between_microsteps: Residency
+    gradient_accumulation: Residency
+    def __init__(self, **fields: Any) -> None: ...
+
+class Link:
+    latency: float
+    bandwidth: float
+    def __init__(self, **fields: Any) -> None: ...
+
+class Machine:
+    ranks_per_node: int
+    launch: float
+    rail_launch: float
+    intra: Link
+    inter: Link
+    def __init__(self, **fields: Any) -> None: ...
+
+def flat_seconds(machine: Machine, num_ranks: int, nbytes: float) -> float: ...
+def rail_hop_seconds(machine: Machine, num_ranks: int, nbytes: float) -> float: ...
+def intra_hop_seconds(machine: Machine, num_ranks: int, nbytes: float) -> float: ...
+
+class MeasuredPoint:
+    num_ranks: int
+    nbytes: float
+    seconds: float
+    def __init__(self, **fields: Any) -> None: ...
+
+class MeasuredTable:
+    def __init__(self, points: Sequence[MeasuredPoint] = ...) -> None: ...
+    @property
+    def points(self) -> list[MeasuredPoint]: ...
+
+class UnitWork:
+    name: str
+    num_units: int
+    numel: int
+    forward_flops: float
+    saved_nbytes: float
+    input_nbytes: float
+    can_recompute: bool
+    transient_nbytes: float
+    def __init__(self, **fields: Any) -> None: ...
+
+class Workload:
+    units: list[UnitWork]
+    tokens_per_sample: int
+    width: int
+    def __init__(self, **fields: Any) -> None: ...
+    @property
+    def numel(self) -> int: ...
+    @property
+    def num_units(self) -> int: ...
+    def flops(self, *, recompute: bool) -> float: ...
+
+class TransformerShape:
+    hidden: int
+    mlp: int
+    layers: int
+    heads: int
+    vocabulary: int
+    sequence: int
+    mlp_matrices: int
+    is_tied: bool
+    has_fused_attention: bool
+    def __init__(self, **fields: Any) -> None: ...
+
+def transformer_workload(shape: TransformerShape) -> Workload: ...
+
+class Contention:
+    compute_by_network: float
+    compute_by_intra: float
+    network_by_compute: float
+    def __init__(self, **fields: Any) -> None: ...
+
+class Cluster:
+    machine: Machine
+    flat: MeasuredTable
+    rail_hop: MeasuredTable
+    intra_hop: MeasuredTable
+    contention: Contention
+    peak_flops: float
+    efficiency: float
+    memory_bandwidth: float
+    def __init__(self, **fields: Any) -> None: ...
+
+class GradientSync:
+    TWO_HOP: GradientSync
+    REPLICATE_EACH: GradientSync
+    ALL_REDUCE_EACH: GradientSync
+    @property
+    def name(self) -> str: ...
+
+class StepSettings:
+    world_size: int
+    partition_size: int
+    gather: Variant
+    reduce: Variant
+    residency: ResidencySettings
+    prefetch_rail: int
+    prefetch_intra: int
+    num_microsteps: int
+    micro_batch: int
+    recompute: bool
+    overlap: bool
+    overlap_replicate: bool
+    sync: GradientSync
+    parameter_nbytes: float
+    gradient_nbytes: float
+    replicate_nbytes: float
+    def __init__(self, **fields: Any) -> None: ...
+
+class StepTime:
+    total: float
+    compute: float
+    contention: float
+    exposed: float
+    optimizer: float
+    gather_rail: float
+    gather_intra: float
+    reduce_intra: float
+    reduce_rail: float
+    replicate: float
+    is_extrapolated: bool
+    def __init__(self, **fields: Any) -> None: ...
+
+def step_time(workload: Workload, cluster: Cluster, settings: StepSettings) -> StepTime: ...
+def step_time_bound(workload: Workload, cluster: Cluster, settings: StepSettings) -> float: ...
+
+class MemoryLimits:
+    capacity_nbytes: float
+    usable: float
+    context_nbytes: float
+    communicator_nbytes: float
+    state_nbytes: float
+    bucket_nbytes: float
+    def __init__(self, **fields: Any) -> None: ...
+
+class MemoryTerms:
+    states: float
+    parameters_kept: float
+    gradients_kept: float
+    gathered: float
+    staging: float
+    unit_gradients: float
+    activations: float
+    recomputation: float
+    head: float
+    communicators: float
+    forward_end: float
+    backward: float
+    peak: float
+    def __init__(self, **fields: Any) -> None: ...
+
+def step_memory(
+    workload: Workload, cluster: Cluster, settings: StepSettings, limits: MemoryLimits
+) -> MemoryTerms: ...
+def fits(memory: MemoryTerms, limits: MemoryLimits) -> bool: ...
+
+class PlanRequest:
+    workload: Workload
+    cluster: Cluster
+    limits: MemoryLimits
+    world_size: int
+    global_batch: int
+    partition_sizes: list[int]
+    micro_batches: list[int]
+    variants: list[Variant]
+    recompute: list[bool]
+    vary_residency: bool
+    vary_prefetch: bool
+    base: StepSettings
+    num_ranked: int
+    def __init__(self, **fields: Any) -> None: ...
+
+class Candidate:
+    settings: StepSettings
+    time: StepTime
+    memory: MemoryTerms
+    def __init__(self, **fields: Any) -> None: ...
+
+class PlanResult:
+    ranked: list[Candidate]
+    leaders: list[Candidate]
+    misses: list[Candidate]
+    num_considered: int
+    num_fitting: int
+    num_simulated: int
+    def __init__(self, **fields: Any) -> None: ...
+
+def plan_step(request: PlanRequest) -> PlanResult: ...
+
+class HopCounts:
+    gather_rail: int
+    gather_intra: int
+    reduce_intra: int
+    reduce_rail: int
+    replicate: int
+    def __init__(self, **fields: Any) -> None: ...
+
+class UnitSize:
+    shard_numel: int
+    payload_numel: int
+    gradient_shard_numel: int
+    gradient_payload_numel: int
+    parameter_nbytes: int
+    gradient_nbytes: int
+    replicate_nbytes: int
+    def __init__(self, **fields: Any) -> None: ...
+
+class StepBytes:
+    gather_rail: int
+    gather_intra: int
+    reduce_rail: int
+    reduce_intra: int
+    replicate: int
+    def __init__(self, **fields: Any) -> None: ...
+
+def count_hops(
+    residency: ResidencySettings, num_microsteps: int, replication_size: int
+) -> HopCounts: ...
+def step_bytes(
+    unit: UnitSize, shape: tuple[int, int], replication_size: int, hops: HopCounts
+) -> StepBytes: ...
 def layout_alignment(parameter_dtype: torch.dtype, reduce_dtype: torch.dtype) -> int: ...
 
 class Traffic:

@@ -17,6 +17,7 @@ from torch_mics._shard_model import shard_model  # noqa: E402
 from torch_mics._training import clip_grad_norm_, microbatch, traffic  # noqa: E402
 from torch_mics._unsharded import unsharded  # noqa: E402
 from torch_mics._version import __version__  # noqa: E402
+from torch_mics.planner import Plan, load_calibration, plan, predicted_bytes  # noqa: E402
 
 __all__ = [
     "CommError",
@@ -24,6 +25,7 @@ __all__ = [
     "MiCSModule",
     "MixedPrecisionPolicy",
     "OffloadPolicy",
+    "Plan",
     "TimeoutError",
     "UnshardHandle",
     "__version__",
@@ -32,9 +34,12 @@ __all__ = [
     "full_state_dict",
     "fully_shard",
     "init_mesh",
+    "load_calibration",
     "load_full_state_dict",
     "materialize",
     "microbatch",
+    "plan",
+    "predicted_bytes",
     "shard_model",
     "traffic",
     "unsharded",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -21,7 +21,7 @@ def shard_model(
     *,
     units: Units = "auto",
     mesh: DeviceMesh | None = None,
-    shard_size: ShardSize | None = None,
+    shard_size: ShardSize | Literal["auto"] | None = None,
     mp_policy: MixedPrecisionPolicy | str | None = None,
     reshard_after_forward: bool | None = None,
     ignored_params: set[nn.Parameter] | None = None,
@@ -36,7 +36,8 @@ def shard_model(
             repeated in the largest ModuleList, and embeddings and the final norm and head beside them;
             a set of module classes; a predicate on modules; an int: modules of at least so many
             parameters that hold no such module; or the modules themselves.
-        mesh, shard_size, mp_policy, reshard_after_forward, ignored_params, hierarchical_gather,
+        shard_size: as fully_shard(), or "auto": the one that plan() finds (docs/planner.md#auto).
+        mesh, mp_policy, reshard_after_forward, ignored_params, hierarchical_gather,
         accumulate: as fully_shard().
 
     Returns:
@@ -50,6 +51,10 @@ def shard_model(
             f"give either a mesh or a shard_size: got both (shard_size={shard_size!r})."
         )
     ensure_process_group()
+    if shard_size == "auto":
+        from torch_mics.planner._auto import choose_shard_size  # it needs find_units
+
+        shard_size = choose_shard_size(model, units)
     if mesh is None:
         mesh = default_mesh("node" if shard_size is None else shard_size)
     common: dict[str, Any] = {

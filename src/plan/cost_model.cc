@@ -63,9 +63,11 @@ void check_collective(const Machine& machine, int num_ranks, double nbytes) {
   MICS_CHECK(machine.intra.bandwidth > 0 && machine.inter.bandwidth > 0,
              "a bandwidth must be above 0: got intra=", machine.intra.bandwidth,
              ", inter=", machine.inter.bandwidth, " bytes/s.");
-  MICS_CHECK(machine.intra.latency >= 0 && machine.inter.latency >= 0 && machine.launch >= 0,
+  MICS_CHECK(machine.intra.latency >= 0 && machine.inter.latency >= 0 && machine.launch >= 0 &&
+                 machine.rail_launch >= 0,
              "a latency must not be negative: got intra=", machine.intra.latency,
-             ", inter=", machine.inter.latency, ", launch=", machine.launch, " s.");
+             ", inter=", machine.inter.latency, ", launch=", machine.launch,
+             ", rail_launch=", machine.rail_launch, " s.");
   MICS_CHECK(num_ranks >= 1 && nbytes >= 0,
              "a collective needs at least one rank and no negative size: got num_ranks=", num_ranks,
              ", nbytes=", nbytes, ".");
@@ -89,7 +91,7 @@ double rail_hop_seconds(const Machine& machine, int num_ranks, double nbytes) {
   check_collective(machine, num_ranks, nbytes);
   if (num_ranks <= machine.ranks_per_node) return 0;
   const int num_nodes = num_ranks / machine.ranks_per_node;
-  return machine.launch + (num_nodes - 1) * machine.inter.latency +
+  return machine.rail_launch + (num_nodes - 1) * machine.inter.latency +
          (num_ranks - machine.ranks_per_node) * nbytes / num_ranks / machine.inter.bandwidth;
 }
 

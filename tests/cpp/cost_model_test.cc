@@ -105,7 +105,7 @@ TEST(StepBytes, EqualAnExplicitExchangeForEveryWorldUpTo8) {
   }
 }
 
-Machine p3dn_like() { return {8, 1e-3, {5e-6, 128e9}, {50e-6, 11e9}}; }
+Machine p3dn_like() { return {8, 1e-3, 1e-3, {5e-6, 128e9}, {50e-6, 11e9}}; }
 
 TEST(CollectiveSeconds, AreTheFormulas) {
   const Machine machine = p3dn_like();

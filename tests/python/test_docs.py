@@ -23,6 +23,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 import torch_mics as mics
+from torch_mics.planner._cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -279,12 +280,23 @@ def _python_problems(words: list[str]) -> list[str]:
     module, *arguments = words[1:]
     if module == "pytest":
         return _pytest_problems(arguments)
+    if module == "torch_mics":
+        return _torch_mics_problems(arguments)
     if module not in ("ruff", "mypy"):
         return [f"python -m {module} is unknown to test_docs.py"]
     done = subprocess.run([sys.executable, "-m", module, *arguments, "--help"], capture_output=True)
     paths = [a for a in arguments if "/" in a or a.startswith(".")]
     problems = [problem for path in paths for problem in _file_problems(path)]
     return problems + [f"{module} refuses {arguments}"] * (done.returncode != 0)
+
+
+def _torch_mics_problems(arguments: list[str]) -> list[str]:
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            build_parser().parse_args(arguments)
+        except SystemExit:
+            return [f"torch_mics refuses: {said.getvalue()}"]
+    return []
 
 
 def _pytest_problems(arguments: list[str]) -> list[str]:
@@ -397,6 +409,7 @@ def test_readme_has_the_two_commands():
         ("ctest --test-dir .build/release -R nccl_tests", "no ctest matches"),
         ("ctest --test-dir .build/debug", "makes no tree"),
         ("make test", "cannot check"),
+        ("python -m torch_mics validate --pages a.md", "torch_mics refuses"),
     ],
 )
 def test_a_wrong_command_is_found(command: str, problem: str):
@@ -565,7 +578,7 @@ def cpp_messages(source: str) -> Iterator[str]:
 
 
 def messages() -> list[str]:
-    python = sorted((ROOT / "python/torch_mics").glob("*.py"))
+    python = sorted((ROOT / "python/torch_mics").rglob("*.py"))
     cpp = [p for folder in ("src", "python/csrc") for p in sorted((ROOT / folder).rglob("*.cc"))]
     found = [m for p in python for m in python_messages(p.read_text())]
     return found + [m for p in cpp for m in cpp_messages(p.read_text())]

@@ -17,7 +17,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CPP_SUFFIXES = {".h", ".cc", ".cu"}
 
-PLAN_HEADERS = ("topology.h", "shard_layout.h", "schedule.h", "use_order.h", "cost_model.h")
+PLAN_HEADERS = (
+    "topology.h",
+    "shard_layout.h",
+    "schedule.h",
+    "use_order.h",
+    "cost_model.h",
+    "measured_table.h",
+    "workload.h",
+    "step_model.h",
+    "memory_model.h",
+    "planner.h",
+)
 BASE_HEADERS = ("check.h", "error.h", "build_info.h")
 COMM_HEADERS = (
     "stream.h",

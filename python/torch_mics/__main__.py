@@ -1,0 +1,8 @@
+"""The command line: `python -m torch_mics COMMAND`, or the console script `torch_mics`."""
+
+import sys
+
+from torch_mics.planner._cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,11 @@
+"""Predicts time and memory of a training step, and searches the settings that make it fast.
+
+The models are the C++ core's (include/mics/step_model.h, memory_model.h, planner.h). Here are what they
+are fed with, calibrations and published runs, and what is made of their numbers.
+"""
+
+from torch_mics.planner._bytes import predicted_bytes
+from torch_mics.planner._calibration import Calibration, load_calibration
+from torch_mics.planner._plan import Plan, plan
+
+__all__ = ["Calibration", "Plan", "load_calibration", "plan", "predicted_bytes"]
