@@ -9,5 +9,6 @@ void bind_plan(pybind11::module_& module);
 void bind_cost(pybind11::module_& module);  // time and memory models
 void bind_comm(pybind11::module_& module);
 void bind_runtime(pybind11::module_& module);
+void bind_optim(pybind11::module_& module);
 
 }  // namespace mics

@@ -474,3 +474,48 @@ class Engine:
     @property
     def num_order_changes(self) -> int: ...
     def reset(self) -> None: ...
+
+class AdamWRun:
+    def __init__(
+        self,
+        *,
+        parameter: torch.Tensor,
+        gradient: torch.Tensor,
+        exp_avg: torch.Tensor,
+        exp_avg_sq: torch.Tensor,
+        max_exp_avg_sq: torch.Tensor | None,
+    ) -> None: ...
+
+class SgdRun:
+    def __init__(
+        self,
+        *,
+        parameter: torch.Tensor,
+        gradient: torch.Tensor,
+        momentum_buffer: torch.Tensor | None,
+    ) -> None: ...
+
+def gradients_are(parameters: list[torch.Tensor], gradients: list[torch.Tensor | None]) -> bool: ...
+def entries_are(triples: list[tuple[dict[str, Any], str, torch.Tensor]]) -> bool: ...
+def adamw_step(
+    runs: Sequence[AdamWRun],
+    steps: Sequence[float],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+) -> None: ...
+def sgd_step(
+    runs: Sequence[SgdRun],
+    is_first: Sequence[bool],
+    *,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+) -> None: ...

@@ -47,6 +47,7 @@ RUNTIME_HEADERS = (
     "reduce_pipeline.h",
     "engine.h",
 )
+OPTIM_HEADERS = ("flat_optimizer.h",)
 
 STD = "std"  # any header named without a directory and without .h: <vector>, <cstdint>
 BESIDE = "beside"  # a header of the same folder: "bindings.h"
@@ -127,6 +128,11 @@ ROOMS = (
         "collective needs plan and the comm interface, never a backend",
     ),
     Room(
+        "src/optim",
+        (*BASE, *public(*OPTIM_HEADERS), *TORCH, "base/*", "optim/*"),
+        "optim needs base and ATen",
+    ),
+    Room(
         "src/runtime",
         (*PLAN, *COMM, *public(*SHARD_HEADERS, *COLLECTIVE_HEADERS, *RUNTIME_HEADERS))
         + ("base/*", "comm/*", "shard/*", "collective/*", "runtime/*", "torch/csrc/autograd/*"),
@@ -165,6 +171,7 @@ ROOMS = (
             "comm/*",
             "shard/*",
             "collective/*",
+            "optim/*",
             "runtime/*",
         ),
         "a C++ test needs no Python",
@@ -190,6 +197,7 @@ HEADER_LAYERS = (
         public(*BASE_HEADERS, *PLAN_HEADERS, "stream.h", "communicator.h", *COLLECTIVE_HEADERS),
         "a collective header includes plan and the comm interface",
     ),
+    (OPTIM_HEADERS, public(*BASE_HEADERS, *OPTIM_HEADERS), "an optim header includes base"),
 )
 NO_TORCH_HEADERS = (*BASE_HEADERS, *PLAN_HEADERS)
 
