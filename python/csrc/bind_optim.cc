@@ -6,6 +6,7 @@
 
 #include "bindings.h"
 #include "mics/flat_optimizer.h"
+#include "mics/neighbours.h"
 
 namespace py = pybind11;
 
@@ -63,6 +64,7 @@ void bind_optim(py::module_& module) {
            }),
            py::kw_only(), py::arg("parameter"), py::arg("gradient"), py::arg("momentum_buffer"));
 
+  module.def("join_neighbours", &join_neighbours, py::arg("tensors"), Release());
   module.def("gradients_are", &gradients_are, py::arg("parameters"), py::arg("gradients"));
   module.def("entries_are", &entries_are, py::arg("triples"));
 

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from torch_mics import _C
 from torch_mics._module import MiCSModule
 from torch_mics._unit import ShardedUnit
 
@@ -53,8 +55,9 @@ def clip_grad_norm_(
 ) -> torch.Tensor:
     """Scales gradients so that their norm over the whole model is at most `max_norm`.
 
-    Works on the local shards, with one reduction over the partition group per mesh. Plain parameters
-    beside sharded ones count once, as replicated.
+    Works on the local shards, with one reduction over the partition group per mesh; gradients that lie
+    next to each other in a unit's buffer are taken together. Plain parameters beside sharded ones count
+    once, as replicated.
 
     Args:
         parameters: sharded parameters, plain ones, or both.
@@ -74,15 +77,17 @@ def clip_grad_norm_(
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return torch.tensor(0.0)
-    sharded: dict[dist.ProcessGroup, list[torch.Tensor]] = {}
+    sharded: dict[DeviceMesh, list[torch.Tensor]] = {}
     plain: list[torch.Tensor] = []
     for gradient in gradients:
         if isinstance(gradient, DTensor):
-            mesh = gradient.device_mesh
-            sharded.setdefault(mesh.get_group(mesh.ndim - 1), []).append(gradient._local_tensor)
+            sharded.setdefault(gradient.device_mesh, []).append(gradient._local_tensor)
         else:
             plain.append(gradient)
-    partial_norms = [_reduce_norm(tensors, norm_type, group) for group, tensors in sharded.items()]
+    partial_norms = [
+        _reduce_norm(_local_norm(tensors, norm_type), norm_type, mesh)
+        for mesh, tensors in sharded.items()
+    ]
     if plain:
         partial_norms.append(_local_norm(plain, norm_type))
     total = torch.linalg.vector_norm(torch.stack(partial_norms), norm_type)
@@ -94,30 +99,27 @@ def clip_grad_norm_(
     # As torch: a factor of at most 1, multiplied without a look at its value.
     factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
     for tensors in [*sharded.values(), plain]:
-        nonempty = [tensor for tensor in tensors if tensor.numel() > 0]
-        if not nonempty:
-            continue
+        joined = _C.join_neighbours(tensors)
         if foreach is False:
-            for tensor in nonempty:
+            for tensor in joined:
                 tensor.mul_(factor)
-        else:
-            torch._foreach_mul_(nonempty, factor)
+        elif joined:
+            torch._foreach_mul_(joined, factor)
     return total
 
 
 def _local_norm(tensors: list[torch.Tensor], norm_type: float) -> torch.Tensor:
-    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-    nonempty = [tensor for tensor in tensors if tensor.numel() > 0]
-    if not nonempty:
+    is_double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    dtype = torch.float64 if is_double else torch.float32
+    joined = _C.join_neighbours(tensors)
+    if not joined:
         return torch.zeros((), dtype=dtype, device=tensors[0].device)
-    norms = torch._foreach_norm(nonempty, norm_type, dtype=dtype)
+    norms = torch._foreach_norm(joined, norm_type, dtype=dtype)
     return torch.linalg.vector_norm(torch.stack(norms), norm_type)
 
 
-def _reduce_norm(
-    tensors: list[torch.Tensor], norm_type: float, group: dist.ProcessGroup
-) -> torch.Tensor:
-    norm = _local_norm(tensors, norm_type)
+def _reduce_norm(norm: torch.Tensor, norm_type: float, mesh: DeviceMesh) -> torch.Tensor:
+    group = mesh.get_group(mesh.ndim - 1)
     if norm_type == float("inf"):
         dist.all_reduce(norm, dist.ReduceOp.MAX, group)
         return norm

@@ -47,7 +47,7 @@ RUNTIME_HEADERS = (
     "reduce_pipeline.h",
     "engine.h",
 )
-OPTIM_HEADERS = ("flat_optimizer.h",)
+OPTIM_HEADERS = ("flat_optimizer.h", "neighbours.h")
 
 STD = "std"  # any header named without a directory and without .h: <vector>, <cstdint>
 BESIDE = "beside"  # a header of the same folder: "bindings.h"

@@ -1,0 +1,62 @@
+#include "mics/neighbours.h"
+
+#include <ATen/ops/as_strided.h>
+
+#include <algorithm>
+#include <unordered_map>
+
+namespace mics {
+
+namespace {
+
+struct Placed {
+  size_t storage;  // number by first appearance
+  int64_t offset;
+  const at::Tensor* tensor;
+};
+
+std::vector<Placed> place(const std::vector<at::Tensor>& tensors) {
+  std::unordered_map<const void*, size_t> storages;
+  std::vector<Placed> placed;
+  placed.reserve(tensors.size());
+  for (const at::Tensor& tensor : tensors) {
+    if (tensor.numel() == 0) continue;
+    const void* memory = tensor.storage().unsafeGetStorageImpl();
+    const size_t number = storages.try_emplace(memory, storages.size()).first->second;
+    placed.push_back({number, tensor.storage_offset(), &tensor});
+  }
+  std::stable_sort(placed.begin(), placed.end(), [](const Placed& left, const Placed& right) {
+    return left.storage != right.storage ? left.storage < right.storage
+                                         : left.offset < right.offset;
+  });
+  return placed;
+}
+
+}  // namespace
+
+std::vector<at::Tensor> join_neighbours(const std::vector<at::Tensor>& tensors) {
+  const std::vector<Placed> placed = place(tensors);
+  std::vector<at::Tensor> joined;
+  for (size_t i = 0; i < placed.size();) {
+    const at::Tensor& first = *placed[i].tensor;
+    size_t next = i + 1;
+    if (!first.is_contiguous()) {
+      joined.push_back(first);
+      i = next;
+      continue;
+    }
+    int64_t numel = first.numel();
+    while (next < placed.size() && placed[next].storage == placed[i].storage &&
+           placed[next].offset == placed[i].offset + numel &&
+           placed[next].tensor->scalar_type() == first.scalar_type() &&
+           placed[next].tensor->is_contiguous()) {
+      numel += placed[next].tensor->numel();
+      ++next;
+    }
+    joined.push_back(at::as_strided(first, {numel}, {1}));
+    i = next;
+  }
+  return joined;
+}
+
+}  // namespace mics
