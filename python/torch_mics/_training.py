@@ -55,9 +55,10 @@ def clip_grad_norm_(
 ) -> torch.Tensor:
     """Scales gradients so that their norm over the whole model is at most `max_norm`.
 
-    Works on the local shards, with one reduction over the partition group per mesh; gradients that lie
-    next to each other in a unit's buffer are taken together. Plain parameters beside sharded ones count
-    once, as replicated.
+    Works on the local shards, with one reduction over the partition group per mesh. Norms are taken
+    per parameter and then joined, as torch does, so that one process gets torch's bits; scaling takes
+    gradients that lie next to each other in a unit's buffer together. Plain parameters beside sharded
+    ones count once, as replicated.
 
     Args:
         parameters: sharded parameters, plain ones, or both.
@@ -111,10 +112,10 @@ def clip_grad_norm_(
 def _local_norm(tensors: list[torch.Tensor], norm_type: float) -> torch.Tensor:
     is_double = any(tensor.dtype == torch.float64 for tensor in tensors)
     dtype = torch.float64 if is_double else torch.float32
-    joined = _C.join_neighbours(tensors)
-    if not joined:
+    nonempty = [tensor for tensor in tensors if tensor.numel() > 0]
+    if not nonempty:
         return torch.zeros((), dtype=dtype, device=tensors[0].device)
-    norms = torch._foreach_norm(joined, norm_type, dtype=dtype)
+    norms = torch._foreach_norm(nonempty, norm_type, dtype=dtype)
     return torch.linalg.vector_norm(torch.stack(norms), norm_type)
 
 

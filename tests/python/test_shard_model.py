@@ -373,18 +373,18 @@ def test_clipping_works_on_the_gradients_of_torch(world, norm_type):
 
 
 @on_ranks()
-def test_clipping_takes_one_norm_per_unit_and_one_reduction(world):
+def test_clipping_scales_a_unit_at_once_and_reduces_once(world):
     # Dimensions that 4 divides leave no gaps between the gradients of a unit.
     model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8)) for _ in range(3)))
     mics.shard_model(model, units=list(model), mesh=world.mesh)
     model(torch.ones(2, 8)).sum().backward()
-    foreach_norm, all_reduce = torch._foreach_norm, torch.distributed.all_reduce
+    foreach_mul, all_reduce = torch._foreach_mul_, torch.distributed.all_reduce
     with (
-        mock.patch.object(torch, "_foreach_norm", wraps=foreach_norm) as norms,
+        mock.patch.object(torch, "_foreach_mul_", wraps=foreach_mul) as products,
         mock.patch.object(torch.distributed, "all_reduce", wraps=all_reduce) as reductions,
     ):
         mics.clip_grad_norm_(model.parameters(), 0.1)
-    assert [len(call.args[0]) for call in norms.call_args_list] == [3]
+    assert [len(call.args[0]) for call in products.call_args_list] == [3]
     assert reductions.call_count == 1
 
 
