@@ -1,0 +1,142 @@
+// A chain of linear layers on ranks that are threads: engine and units without Python.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "mics/engine.h"
+#include "support/local_hops.h"
+
+namespace mics::testing {
+
+inline constexpr int kWidth = 5;
+inline constexpr int kNumLayers = 3;
+
+struct World {
+  int num_nodes;
+  int ranks_per_node;
+  int partition_size;
+  bool hierarchical;
+  [[nodiscard]] int size() const { return num_nodes * ranks_per_node; }
+};
+
+inline at::Tensor initial_weight(int layer) {
+  return (at::arange(kWidth * kWidth, at::kFloat).view({kWidth, kWidth}) + layer).remainder(3.0) -
+         1.0;
+}
+
+inline at::Tensor batch(int rank, int step) {
+  return (at::arange(2 * kWidth, at::kFloat).view({2, kWidth}) + rank + step).remainder(5.0) - 2.0;
+}
+
+// One rank's model.
+class Model {
+ public:
+  Model(LocalWorld& world, const World& shape, int rank,
+        const ResidencySettings& residency = ResidencySettings(), const Depths& depths = Depths())
+      : rank_(rank) {
+    const int p = shape.partition_size;
+    const int group = rank / p;
+    GroupInfo replicas{"replicate", {}, {}, group};
+    GroupInfo everyone{"control", {}, {}, rank};
+    for (int other = 0; other < shape.size(); ++other) {
+      everyone.world_ranks.push_back(other);
+      everyone.nodes.push_back(other / shape.ranks_per_node);
+      if (other % p != rank % p) continue;
+      replicas.world_ranks.push_back(other);
+      replicas.nodes.push_back(other / shape.ranks_per_node);
+    }
+    const bool spans = p > shape.ranks_per_node;
+    const std::string name = "group" + std::to_string(group);
+    const int nodes = spans ? p / shape.ranks_per_node : 1;
+    gather_ = std::make_unique<LocalHops>(world, nodes, p / nodes, shape.hierarchical && spans,
+                                          rank % p, name + "/gather");
+    reduce_ = std::make_unique<LocalHops>(world, nodes, p / nodes, shape.hierarchical && spans,
+                                          rank % p, name + "/reduce");
+    replicate_ = world.make_communicator(replicas);
+    control_ = world.make_communicator(everyone);
+    std::vector<std::shared_ptr<Unit>> units;
+    for (int layer = 0; layer < kNumLayers; ++layer) units.push_back(make_unit(layer, p, rank % p));
+    for (const auto& unit : units) {
+      unit->settings().gradient_factor = 1.0 / shape.size();
+      unit->settings().residency = residency;
+    }
+    engine_ = Engine::create(units, control_.get(), make_worker_streams(), depths);
+  }
+
+  // The layers one after the other, none inside another.
+  at::Tensor forward(at::Tensor x) {
+    for (int layer = 0; layer < kNumLayers; ++layer) x = call(layer, x, [](auto y) { return y; });
+    return x;
+  }
+  // Layer 0 as a root: its forward applies its weight, then runs `inner` inside.
+  at::Tensor forward_nested(const at::Tensor& x, const std::vector<int>& inner = {1, 2}) {
+    return call(0, x, [&](at::Tensor y) {
+      for (const int layer : inner) y = call(layer, y, [](auto z) { return z; });
+      return y * 2.0;  // an output that is no inner layer's
+    });
+  }
+
+  Engine& engine() { return *engine_; }
+  const LocalHops& gather() const { return *gather_; }
+  const LocalHops& reduce() const { return *reduce_; }
+  const at::Tensor& sharded(int layer) { return sharded_[static_cast<size_t>(layer)]; }
+  ShardLayout::RowRange rows(int p) const {
+    return ShardLayout({{{kWidth, kWidth}}}, p, 1).rows_of(0, rank_ % p);
+  }
+
+ private:
+  template <typename Inside>
+  at::Tensor call(int layer, const at::Tensor& x, const Inside& inside) {
+    engine_->pre_forward(layer);
+    const at::Tensor y = inside(x.mm(full_[static_cast<size_t>(layer)]).tanh());
+    engine_->watch_outputs(layer, {y});
+    engine_->post_forward(layer, /*failed=*/false);
+    return y;
+  }
+
+  std::shared_ptr<Unit> make_unit(int layer, int p, int partition_rank) {
+    const ShardLayout layout({{{kWidth, kWidth}}}, p, layout_alignment(at::kFloat, at::kFloat));
+    const ShardLayout::RowRange rows = layout.rows_of(0, partition_rank);
+    const at::Tensor shard = at::zeros({layout.shard_numel()});
+    const at::Tensor gradient = at::zeros({layout.shard_numel()});
+    const int64_t num_rows = rows.last - rows.first;
+    const auto own = [&](const at::Tensor& buffer) {
+      return buffer.narrow(0, 0, num_rows * kWidth).view({num_rows, kWidth});
+    };
+    at::Tensor sharded = own(shard);
+    sharded.copy_(initial_weight(layer).slice(0, rows.first, rows.last));
+    sharded = sharded.detach();
+    sharded.requires_grad_(true);
+    sharded_.push_back(sharded);
+    UnitOptions options;
+    options.name = "layer" + std::to_string(layer);
+    options.parameters = {{"weight", {kWidth, kWidth}, sharded, own(gradient), true}};
+    options.shard = shard;
+    options.gradient = gradient;
+    options.partition_size = p;
+    options.is_outer = layer == 0;
+    auto unit = std::make_shared<Unit>(
+        options, UnitCommunicators{gather_->hops(), reduce_->hops(), replicate_.get()});
+    at::Tensor full = unit->full_views()[0];
+    full.requires_grad_(true);
+    full_.push_back(full);
+    unit->set_full_parameters({full});
+    return unit;
+  }
+
+  int rank_;
+  std::unique_ptr<LocalHops> gather_;
+  std::unique_ptr<LocalHops> reduce_;
+  std::unique_ptr<Communicator> replicate_;
+  std::unique_ptr<Communicator> control_;
+  std::vector<at::Tensor> full_;
+  std::vector<at::Tensor> sharded_;
+  std::shared_ptr<Engine> engine_;
+};
+
+}  // namespace mics::testing
