@@ -7,6 +7,7 @@ unit is stepped by torch's own optimizer.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch_mics._flat_state import FlatState, Group, Run
 __all__ = ["SGD", "AdamW"]
 
 
-class _FlatOptimizer(torch.optim.Optimizer):
+class _FlatOptimizer(torch.optim.Optimizer, abc.ABC):
     """What both have in common; a class of torch.optim follows in the bases."""
 
     _torch_class: Callable[[Any], torch.optim.Optimizer]
@@ -32,15 +33,17 @@ class _FlatOptimizer(torch.optim.Optimizer):
             )
         return self.__dict__["_mics_flat"]
 
+    @abc.abstractmethod
     def _keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Names of the states that have the parameter's shape."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _make_handle(self, run: Run) -> Any:
-        raise NotImplementedError
+        """The run as the C++ core takes it."""
 
+    @abc.abstractmethod
     def _step_group(self, group: dict[str, Any], flat: Group) -> None:
-        raise NotImplementedError
+        """Steps the runs of one parameter group."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
