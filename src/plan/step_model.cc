@@ -1,6 +1,7 @@
 #include "mics/step_model.h"
 
 #include <algorithm>
+#include <span>
 
 #include "mics/check.h"
 #include "plan/step_queues.h"
@@ -217,6 +218,18 @@ double optimizer_seconds(const Workload& workload, const Cluster& cluster,
          kOptimizerBytesPerParameter / cluster.memory_bandwidth;
 }
 
+// Seconds of the busier of the two communication queues over `operations`.
+double longest_queue(std::span<const StepOperation> operations) {
+  double network = 0;
+  double intra = 0;
+  for (const StepOperation& operation : operations) {
+    network += operation.gather_rail + operation.reduce_rail;
+    intra += operation.gather_intra + operation.reduce_intra;
+    (operation.replicate_is_intra ? intra : network) += operation.replicate;
+  }
+  return std::max(network, intra);
+}
+
 }  // namespace
 
 double flat_seconds(const Cluster& cluster, int num_ranks, double nbytes, bool& is_extrapolated) {
@@ -251,7 +264,9 @@ StepTime step_time(const Workload& workload, const Cluster& cluster, const StepS
   time.total = queues.total + boundary + time.optimizer;
   double busy = queues.compute_busy;
   if (repeats > 0) {
-    time.total += repeats * of_third(queues.compute_ends);
+    // Compute may run ahead of reductions that pile up: the busiest queue sets the pace.
+    const auto third = std::span(operations).subspan(2 * per_microstep, per_microstep);
+    time.total += repeats * std::max(of_third(queues.compute_ends), longest_queue(third));
     busy += repeats * of_third(queues.busy_at_ends);
   }
   time.contention = std::max(0.0, busy - time.compute);

@@ -37,25 +37,48 @@ bool is_same(const StepSettings& a, const StepSettings& b) {
          a.residency.gradient_accumulation == b.residency.gradient_accumulation;
 }
 
-TEST(Planner, GivesWhatSimulatingEverythingGives) {
-  PlanRequest request = small_request();
-  request.num_ranked = 1 << 20;
-  const PlanResult all = plan_step(request);
+// The same over networks from far too slow to faster than compute: the leader and what bounds it
+// differ.
+class PlannerOnNetwork : public ::testing::TestWithParam<double> {
+ protected:
+  static PlanRequest request(int num_ranked) {
+    PlanRequest request = small_request();
+    request.cluster.machine.inter.bandwidth = GetParam();
+    request.num_ranked = num_ranked;
+    return request;
+  }
+  static constexpr int kAll = 1 << 20;
+};
+
+TEST_P(PlannerOnNetwork, GivesWhatSimulatingEverythingGives) {
+  const PlanResult all = plan_step(request(kAll));
   EXPECT_EQ(all.num_simulated, all.num_fitting);
   EXPECT_EQ(all.ranked.size(), static_cast<size_t>(all.num_fitting));
-  request.num_ranked = 5;
-  const PlanResult few = plan_step(request);
-  EXPECT_LT(few.num_simulated, all.num_simulated);
-  ASSERT_EQ(few.ranked.size(), 5U);
-  for (size_t i = 0; i < 5; ++i) {
-    EXPECT_EQ(few.ranked[i].time.total, all.ranked[i].time.total);
-    EXPECT_TRUE(is_same(few.ranked[i].settings, all.ranked[i].settings)) << i;
-  }
-  ASSERT_EQ(few.leaders.size(), all.leaders.size());
-  for (size_t i = 0; i < few.leaders.size(); ++i) {
-    EXPECT_EQ(few.leaders[i].time.total, all.leaders[i].time.total);
+  for (const size_t num_ranked : {1U, 5U, 40U}) {
+    const PlanResult few = plan_step(request(static_cast<int>(num_ranked)));
+    EXPECT_LT(few.num_simulated, all.num_simulated);
+    ASSERT_EQ(few.ranked.size(), num_ranked);
+    for (size_t i = 0; i < num_ranked; ++i) {
+      EXPECT_EQ(few.ranked[i].time.total, all.ranked[i].time.total);
+      EXPECT_TRUE(is_same(few.ranked[i].settings, all.ranked[i].settings)) << i;
+    }
+    ASSERT_EQ(few.leaders.size(), all.leaders.size());
+    for (size_t i = 0; i < few.leaders.size(); ++i) {
+      EXPECT_EQ(few.leaders[i].time.total, all.leaders[i].time.total);
+    }
   }
 }
+
+TEST_P(PlannerOnNetwork, NoStepIsFasterThanItsBound) {
+  const PlanRequest all = request(kAll);
+  for (const Candidate& candidate : plan_step(all).ranked) {
+    EXPECT_LE(step_time_bound(all.workload, all.cluster, candidate.settings),
+              candidate.time.total * (1.0 + 1e-12));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(InterBandwidth, PlannerOnNetwork, ::testing::Values(0.2e9, 1e9, 5e9, 50e9),
+                         [](const auto& info) { return "case" + std::to_string(info.index); });
 
 TEST(Planner, RanksOnlyWhatFits) {
   const PlanRequest request = small_request();
