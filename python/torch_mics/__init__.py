@@ -14,7 +14,7 @@ from torch_mics._groups import init_mesh  # noqa: E402
 from torch_mics._materialize import materialize  # noqa: E402
 from torch_mics._module import MiCSModule, UnshardHandle  # noqa: E402
 from torch_mics._shard_model import shard_model  # noqa: E402
-from torch_mics._training import clip_grad_norm_, microbatch, traffic  # noqa: E402
+from torch_mics._training import clip_grad_norm_, memory, microbatch, traffic  # noqa: E402
 from torch_mics._unsharded import unsharded  # noqa: E402
 from torch_mics._version import __version__  # noqa: E402
 from torch_mics.planner import Plan, load_calibration, plan, predicted_bytes  # noqa: E402
@@ -37,6 +37,7 @@ __all__ = [
     "load_calibration",
     "load_full_state_dict",
     "materialize",
+    "memory",
     "microbatch",
     "optim",
     "plan",

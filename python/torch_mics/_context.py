@@ -67,11 +67,13 @@ class Context:
                 is_outer=len({id(inner) for m in unit.modules for inner in units_of(m)}) > 1,
             )
         handles = [unit.handle for unit in self.units if unit.handle is not None]
+        depths = _C.Depths()
+        depths.reductions = self.root_unit.settings.reductions_in_flight
         self.engine = _C.Engine(
             handles,
             control=self.control,
             streams=self.streams,
-            depths=_C.Depths(),
+            depths=depths,
         )
         self.push_settings()
         self.push_prefetch()

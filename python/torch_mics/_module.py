@@ -209,6 +209,17 @@ class MiCSModule(FSDPModule):
         if self._unit.context is not None:
             self._unit.context.engine.reset()
 
+    def release_memory(self) -> None:
+        """Frees the runtime's working memory until the next forward; see torch_mics.memory().
+
+        For phases without training. What residency settings keep is gathered anew afterwards.
+
+        Raises:
+            ValueError: during an accumulation, or while a module is unsharded.
+        """
+        if self._unit.context is not None:
+            self._unit.context.engine.release_memory()
+
     def reset_iter_state(self) -> None:
         """The name of reset() in FSDPModule."""
         self.reset()
@@ -241,8 +252,24 @@ class MiCSModule(FSDPModule):
     def set_reduce_scatter_max_input_buffers(
         self, max_input_buffers: int, *, recurse: bool = True
     ) -> None:
-        """Refused above 1: a unit is reduced before the next one is."""
-        _refuse("set_reduce_scatter_max_input_buffers", max_input_buffers != 1, "leave it 1")
+        """How many reductions may be in flight at a time; 2 by default. The root's value holds for all.
+
+        More overlaps better where communication is slower than backward, and keeps more gradients.
+
+        Raises:
+            ValueError: below 1.
+            RuntimeError: after the first forward, when the runtime's memory has been planned.
+        """
+        if max_input_buffers < 1:
+            raise ValueError(
+                "at least one reduction must be in flight: got "
+                f"max_input_buffers={max_input_buffers}."
+            )
+        if self._unit.context is not None:
+            raise RuntimeError(
+                "set_reduce_scatter_max_input_buffers must be called before the first forward."
+            )
+        self._set("reductions_in_flight", max_input_buffers, recurse=recurse)
 
     def set_custom_all_gather(self, comm: Any) -> None:
         """Refused: the gather is the library's own."""

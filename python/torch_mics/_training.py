@@ -138,3 +138,18 @@ def traffic(model: nn.Module) -> dict[str, dict[str, int]]:
     """
     unit: ShardedUnit = check_sharded(model, "traffic")._unit
     return {} if unit.context is None else unit.context.traffic()
+
+
+def memory(model: nn.Module) -> dict[str, int]:
+    """Gives the bytes of the runtime's working memory on this rank, by part.
+
+    It is one allocation for full parameters, node blocks and reductions, planned from the units and their
+    settings (docs/training.md#memory); shards, gradients and optimizer states are not in it. "beside the
+    plan" counts what did not fit, over the life of the plan: several units unsharded by hand, say.
+
+    Collective before the first forward.
+    """
+    context = check_sharded(model, "memory")._context()
+    planned = context.engine.memory()
+    parts = {part.name: part.nbytes for part in planned.parts}
+    return {**parts, "beside the plan": planned.grown_nbytes}

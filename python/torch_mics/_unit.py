@@ -61,6 +61,7 @@ class Settings:
     is_last_backward: bool = True
     accumulate: str = "two_hop"
     gradient_divide_factor: float | None = None  # None: the world size
+    reductions_in_flight: int = 2  # the root's holds for all
 
 
 class ShardedUnit:
