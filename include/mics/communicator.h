@@ -90,6 +90,9 @@ class Communicator {
   // Cost:     sent and received: 2 * (size - 1) * ceil(numel / size) elements.
   void all_reduce(const at::Tensor& tensor, Stream& stream);
 
+  // Memory that the backend keeps for moving messages: grows to the largest one.
+  [[nodiscard]] virtual int64_t staging_nbytes() const { return 0; }
+
   // Returns when every member has called it.
   virtual void barrier() = 0;
 
@@ -123,7 +126,9 @@ class Communicator {
 [[nodiscard]] at::ScalarType accumulation_dtype(at::ScalarType dtype);
 
 // Sums `pieces` in the given order as the class comment says and writes `output`. For backends.
-// `output` may alias any piece.
+// All contiguous, of one size, dtype and device. `output` may be one of the pieces.
 void sum_in_order(const at::Tensor& output, const std::vector<at::Tensor>& pieces);
+// The same for pieces [numel] that lie one after the other in `rows` [n * numel].
+void sum_rows_in_order(const at::Tensor& output, const at::Tensor& rows);
 
 }  // namespace mics

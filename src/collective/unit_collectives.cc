@@ -1,5 +1,7 @@
 #include "mics/unit_collectives.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
+
 #include "mics/check.h"
 
 namespace mics {
@@ -20,6 +22,7 @@ void check_block(const ShardLayout& layout, const at::Tensor& block, const HopCo
 at::Tensor node_rows(const at::Tensor& region, const ParameterLayout& parameter, int slot,
                      int ranks_per_node) {
   const int64_t numel = parameter.chunk_numel * ranks_per_node;
+  if (numel == region.numel()) return region;
   return region.narrow(0, numel * slot, numel);
 }
 
@@ -36,9 +39,12 @@ at::Tensor own_slot(const ShardLayout& layout, const at::Tensor& block,
   return block.narrow(0, layout.shard_numel() * hops.slot(), layout.shard_numel());
 }
 
+// Views into buffers of the runtime: nobody differentiates them or asks for their versions, and
+// without that bookkeeping a view costs a third.
 std::vector<TensorPair> gather_pairs(const ShardLayout& layout, const at::Tensor& block,
                                      const at::Tensor& full, const HopCommunicators& hops) {
   check_block(layout, block, hops);
+  const at::AutoDispatchBelowADInplaceOrView no_bookkeeping;
   std::vector<TensorPair> pairs;
   for (int slot = 0; slot < hops.num_nodes(); ++slot) {
     for (int i = 0; i < layout.num_parameters(); ++i) {
@@ -56,6 +62,7 @@ std::vector<TensorPair> reduce_pairs(const ShardLayout& layout,
                                      const std::vector<at::Tensor>& regions,
                                      const at::Tensor& block, const HopCommunicators& hops) {
   check_block(layout, block, hops);
+  const at::AutoDispatchBelowADInplaceOrView no_bookkeeping;
   std::vector<TensorPair> pairs;
   for (int slot = 0; slot < hops.num_nodes(); ++slot) {
     for (int i = 0; i < layout.num_parameters(); ++i) {

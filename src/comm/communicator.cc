@@ -4,6 +4,7 @@
 
 #include <utility>
 
+#include "comm/sum_spans.h"
 #include "mics/check.h"
 
 namespace mics {
@@ -18,11 +19,31 @@ at::ScalarType accumulation_dtype(at::ScalarType dtype) {
 }
 
 void sum_in_order(const at::Tensor& output, const std::vector<at::Tensor>& pieces) {
+  if (output.is_cpu()) {
+    std::vector<const char*> spans;
+    for (const at::Tensor& piece : pieces) {
+      spans.push_back(static_cast<const char*>(piece.const_data_ptr()));
+    }
+    return sum_spans(output.scalar_type(), static_cast<char*>(output.mutable_data_ptr()), spans,
+                     static_cast<int64_t>(output.nbytes()));
+  }
   at::Tensor sum =
       pieces.front().to(accumulation_dtype(output.scalar_type()), /*non_blocking=*/false,
                         /*copy=*/true);
   for (size_t i = 1; i < pieces.size(); ++i) sum.add_(pieces[i]);
   output.copy_(sum);
+}
+
+void sum_rows_in_order(const at::Tensor& output, const at::Tensor& rows) {
+  const int64_t numel = output.numel();
+  if (numel == 0) return;
+  if (!output.is_cpu()) return sum_in_order(output.view({-1}), rows.view({-1, numel}).unbind(0));
+  std::vector<const char*> spans;
+  const auto nbytes = static_cast<int64_t>(output.nbytes());
+  for (int64_t row = 0; row < rows.numel() / numel; ++row) {
+    spans.push_back(static_cast<const char*>(rows.const_data_ptr()) + row * nbytes);
+  }
+  sum_spans(output.scalar_type(), static_cast<char*>(output.mutable_data_ptr()), spans, nbytes);
 }
 
 Communicator::Communicator(GroupInfo group) : group_(std::move(group)) {

@@ -132,8 +132,9 @@ class WorkerStream final : public Stream {
     });
   }
 
+  // No reason to wake the thread: what waits comes after.
   void wait(const Event& event) override {
-    push([this, marks = marks_of(event), mark = marks_of(event)->last()] {
+    append([this, marks = marks_of(event), mark = marks_of(event)->last()] {
       const std::exception_ptr failure = marks->wait_for(mark);
       if (failure && !failure_) fail(failure);
     });
@@ -163,11 +164,13 @@ class WorkerStream final : public Stream {
     has_failed_ = true;
   }
 
+  void append(std::function<void()> task) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    tasks_.push_back(std::move(task));
+  }
+
   void push(std::function<void()> task) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      tasks_.push_back(std::move(task));
-    }
+    append(std::move(task));
     changed_.notify_one();
   }
 

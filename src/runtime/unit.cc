@@ -1,5 +1,6 @@
 #include "mics/unit.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/GradMode.h>
@@ -184,7 +185,9 @@ std::vector<at::Tensor> Unit::take_full_gradients(const std::function<at::Tensor
     full_parameters_[index].mutable_grad().reset();
     if (gradient.defined()) used_[static_cast<size_t>(i)] = true;
     if (fits_region(gradient, parameter.region_numel)) {
-      regions.push_back(gradient.view({-1}));
+      // A view without autograd's bookkeeping: nobody differentiates it.
+      const at::AutoDispatchBelowADInplaceOrView no_bookkeeping;
+      regions.push_back(gradient.dim() == 1 ? gradient : gradient.view({-1}));
       continue;
     }
     const at::Tensor region = packed.narrow(0, offset, parameter.region_numel);

@@ -1,13 +1,11 @@
 #include "mics/c10d_communicator.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-
 #include <functional>
 #include <string>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 
+#include "comm/c10d/staging.h"
 #include "mics/check.h"
 #include "mics/error.h"
 
@@ -23,8 +21,11 @@ int64_t total_numel(const std::vector<TensorPair>& pairs, TensorMember member) {
   return numel;
 }
 
-// The bytes of a contiguous tensor: transport needs no dtype, and Gloo knows only some.
-at::Tensor as_bytes(const at::Tensor& tensor) { return tensor.flatten().view(at::kByte); }
+// A contiguous tensor in one dimension, and as bytes where Gloo does not know the dtype.
+at::Tensor as_message(const at::Tensor& tensor) {
+  const at::Tensor flat = tensor.dim() == 1 ? tensor : tensor.view({-1});
+  return flat.scalar_type() == at::kBFloat16 ? flat.view(at::kByte) : flat;
+}
 
 // torch 2.15 renames both operations and deprecates the names that 2.11 has. Templates, so that
 // only the name that exists is compiled.
@@ -66,6 +67,8 @@ class C10dCommunicator final : public Communicator {
                ", rank=", this->group().rank, " (", this->group().name, ").");
   }
 
+  int64_t staging_nbytes() const override { return staging_.nbytes(); }
+
   void barrier() override {
     c10d::BarrierOptions options;
     options.timeout = timeout_;
@@ -76,47 +79,29 @@ class C10dCommunicator final : public Communicator {
   // Gloo's all-gather is a ring.
   GatherRoute gather_route() const override { return GatherRoute::kRing; }
 
+  // A ProcessGroup has no grouped launch: the pieces of several pairs travel as one message.
   void do_all_gather(const std::vector<TensorPair>& pairs) override {
     if (pairs.size() == 1) return gather_bytes(pairs[0].output, pairs[0].input);
-    // A ProcessGroup has no grouped launch: the pieces travel as one message.
     const int64_t numel = total_numel(pairs, &TensorPair::input);
     if (numel == 0) return;
-    const at::TensorOptions options = pairs.front().input.options();
-    const at::Tensor sent = at::empty({numel}, options);
-    const at::Tensor received = at::empty({group().size(), numel}, options);
-    int64_t offset = 0;
-    for (const TensorPair& pair : pairs) {
-      sent.narrow(0, offset, pair.input.numel()).copy_(pair.input);
-      offset += pair.input.numel();
-    }
+    const at::Tensor& like = pairs.front().input;
+    const at::Tensor sent = staging_.sent(like, numel);
+    const at::Tensor received = staging_.received(like, group().size() * numel);
+    pack_inputs(pairs, sent);
     gather_bytes(received, sent);
-    offset = 0;
-    for (const TensorPair& pair : pairs) {
-      const int64_t piece = pair.input.numel();
-      pair.output.view({group().size(), piece}).copy_(received.narrow(1, offset, piece));
-      offset += piece;
-    }
+    unpack_output_pieces(received, group().size(), pairs);
   }
 
   void do_reduce_scatter(const std::vector<TensorPair>& pairs) override {
     const int64_t numel = total_numel(pairs, &TensorPair::output);
     if (numel == 0) return;
     if (pairs.size() == 1) return reduce_rows(pairs[0].output, pairs[0].input);
-    const at::TensorOptions options = pairs.front().input.options();
-    const at::Tensor sent = at::empty({group().size(), numel}, options);
-    const at::Tensor sum = at::empty({numel}, options);
-    int64_t offset = 0;
-    for (const TensorPair& pair : pairs) {
-      const int64_t piece = pair.output.numel();
-      sent.narrow(1, offset, piece).copy_(pair.input.view({group().size(), piece}));
-      offset += piece;
-    }
+    const at::Tensor& like = pairs.front().input;
+    const at::Tensor sent = staging_.sent(like, group().size() * numel);
+    const at::Tensor sum = staging_.sum(like, numel);
+    pack_input_pieces(pairs, group().size(), sent);
     reduce_rows(sum, sent);
-    offset = 0;
-    for (const TensorPair& pair : pairs) {
-      pair.output.copy_(sum.narrow(0, offset, pair.output.numel()));
-      offset += pair.output.numel();
-    }
+    unpack_outputs(sum, pairs);
   }
 
   void do_all_reduce(const at::Tensor& tensor) override {
@@ -124,10 +109,11 @@ class C10dCommunicator final : public Communicator {
     const int64_t piece = (tensor.numel() + size - 1) / size;
     at::Tensor whole = tensor.view({-1});
     if (piece * size != tensor.numel()) {
-      whole = at::zeros({piece * size}, tensor.options());
+      whole = staging_.sent(tensor, piece * size);
       whole.narrow(0, 0, tensor.numel()).copy_(tensor.view({-1}));
+      whole.narrow(0, tensor.numel(), piece * size - tensor.numel()).zero_();
     }
-    const at::Tensor sum = at::empty({piece}, tensor.options());
+    const at::Tensor sum = staging_.sum(tensor, piece);
     reduce_rows(sum, whole);
     gather_bytes(whole, sum);
     if (whole.numel() != tensor.numel())
@@ -139,22 +125,21 @@ class C10dCommunicator final : public Communicator {
     if (input.numel() == 0) return;
     c10d::AllgatherOptions options;
     options.timeout = timeout_;
-    at::Tensor output_bytes = as_bytes(output);
-    at::Tensor input_bytes = as_bytes(input);
-    run("all_gather",
-        [&] { return start_all_gather(*process_group_, output_bytes, input_bytes, options); });
+    at::Tensor received = as_message(output);
+    at::Tensor sent = as_message(input);
+    run("all_gather", [&] { return start_all_gather(*process_group_, received, sent, options); });
   }
 
   // Sends row r of `input` to member r and sums the rows that arrive, in member order.
   void reduce_rows(const at::Tensor& output, const at::Tensor& input) {
     c10d::AllToAllOptions options;
     options.timeout = timeout_;
-    const at::Tensor received = at::empty({group().size(), output.numel()}, input.options());
-    at::Tensor received_bytes = as_bytes(received);
-    at::Tensor input_bytes = as_bytes(input);
+    const at::Tensor received = staging_.received(input, group().size() * output.numel());
+    at::Tensor received_message = as_message(received);
+    at::Tensor sent = as_message(input);
     run("reduce_scatter",
-        [&] { return start_all_to_all(*process_group_, received_bytes, input_bytes, options); });
-    sum_in_order(output.view({-1}), received.unbind(0));
+        [&] { return start_all_to_all(*process_group_, received_message, sent, options); });
+    sum_rows_in_order(output, received);
   }
 
   // Issues an operation, waits for it and says who and where when it fails.
@@ -187,6 +172,7 @@ class C10dCommunicator final : public Communicator {
 
   const c10::intrusive_ptr<c10d::ProcessGroup> process_group_;
   const std::chrono::milliseconds timeout_;
+  Staging staging_;  // used where the operations run
   // For messages. Traffic is counted on the issuing thread, this where the operation runs.
   int64_t num_started_ = 0;
 };

@@ -14,7 +14,7 @@
 
 #include "comm/shm/byte_stream.h"
 #include "comm/shm/segment.h"
-#include "comm/shm/sum.h"
+#include "comm/sum_spans.h"
 #include "mics/check.h"
 #include "mics/error.h"
 
@@ -203,7 +203,7 @@ class ShmCommunicator final : public Communicator {
                         : half_of(member) + section * (rank - (rank > member ? 1 : 0)) + offset;
               }
               output.take(length, [&](char* target, int64_t whole) {
-                shm::sum_spans(dtype, target, pieces, whole);
+                sum_spans(dtype, target, pieces, whole);
               });
               offset += length;
             });

@@ -1,4 +1,4 @@
-// The sum of a collective, over plain memory: as sum_in_order(), without tensors in between.
+// The sum of a collective over plain memory of the host: one pass, no memory of its own.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace mics::shm {
+namespace mics {
 
 // Writes the sum of `pieces`, in their order, to `output`: accumulated in
 // accumulation_dtype(dtype), rounded once. Each has `nbytes` bytes, whole elements, aligned to the
@@ -14,4 +14,4 @@ namespace mics::shm {
 void sum_spans(c10::ScalarType dtype, char* output, const std::vector<const char*>& pieces,
                int64_t nbytes);
 
-}  // namespace mics::shm
+}  // namespace mics

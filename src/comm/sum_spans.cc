@@ -1,4 +1,4 @@
-#include "comm/shm/sum.h"
+#include "comm/sum_spans.h"
 
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -7,7 +7,7 @@
 
 #include "mics/check.h"
 
-namespace mics::shm {
+namespace mics {
 
 namespace {
 
@@ -51,4 +51,4 @@ void sum_spans(c10::ScalarType dtype, char* output, const std::vector<const char
   }
 }
 
-}  // namespace mics::shm
+}  // namespace mics
