@@ -7,6 +7,7 @@
 #include "mics/runtime_streams.h"
 #include "mics/unit.h"
 #include "parameter_exchange.h"
+#include "unit_hooks.h"
 
 namespace py = pybind11;
 
@@ -164,6 +165,8 @@ void bind_runtime(py::module_& module) {
       .def("memory", &Engine::memory, py::return_value_policy::reference_internal, Release())
       .def_property_readonly("num_order_changes", &Engine::num_order_changes)
       .def("reset", &Engine::reset, Release());
+
+  bind_unit_hooks(module);
 }
 
 }  // namespace mics

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 version: str
 built_for_torch: str
@@ -474,6 +475,21 @@ class Engine:
     @property
     def num_order_changes(self) -> int: ...
     def reset(self) -> None: ...
+
+class UnitHooks:
+    def __init__(
+        self,
+        *,
+        long_pre_forward: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any],
+        long_post_forward: Callable[[nn.Module, Any, Any], Any],
+        find_tensors: Callable[[Any], list[torch.Tensor]],
+    ) -> None: ...
+    def connect(self, engine: Engine, unit: int, *, input_dtype: torch.dtype | None) -> None: ...
+    def disconnect(self) -> None: ...
+    def pre_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any: ...
+    def post_forward(self, module: nn.Module, args: Any, output: Any) -> Any: ...
 
 class AdamWRun:
     def __init__(

@@ -77,6 +77,8 @@ class Context:
         )
         self.push_settings()
         self.push_prefetch()
+        for unit in self.units:
+            unit.connect_hooks()
 
     def push_prefetch(self) -> None:
         """Tells the engine what the user wants gathered ahead."""
@@ -112,6 +114,7 @@ class Context:
         for unit in self.units:
             unit.context = None
             unit.handle = None
+            unit.connect_hooks()
 
     def push_settings(self) -> None:
         """Brings all C++ units up to their settings."""

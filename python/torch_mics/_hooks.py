@@ -1,4 +1,7 @@
-"""Hooks on module forward: gather before, reshard after. Backward runs from the C++ core."""
+"""Hooks on module forward: gather before, reshard after. Backward runs from the C++ core.
+
+What is here is the long way of _C.UnitHooks; most forwards take the short one, in C++.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torch_mics import _C
 from torch_mics._context import Context
 from torch_mics._policy import cast_floating, find_tensors
 from torch_mics._unit import ShardedUnit
@@ -14,10 +18,14 @@ from torch_mics._unit import ShardedUnit
 
 def register_hooks(unit: ShardedUnit) -> None:
     """Puts the forward hooks on the unit's modules and guards on what lies below them."""
+    hooks = _C.UnitHooks(
+        long_pre_forward=_pre_forward, long_post_forward=_post_forward, find_tensors=find_tensors
+    )
+    unit.hooks = hooks
     for module in unit.modules:
-        module.register_forward_pre_hook(_pre_forward, prepend=True, with_kwargs=True)
+        module.register_forward_pre_hook(hooks.pre_forward, prepend=True, with_kwargs=True)
         # always_call: after an exception in forward the unit must not stay unsharded.
-        module.register_forward_hook(_post_forward, prepend=False, always_call=True)
+        module.register_forward_hook(hooks.post_forward, prepend=False, always_call=True)
     owners = {id(place.module): place.module for p in unit.parameters for place in p.places}
     for module in unit.modules:
         owners.pop(id(module), None)
@@ -32,6 +40,8 @@ class _Guard:
         self._unit = unit
 
     def __call__(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return  # Dynamo drops the guard from what it compiles
         handle = self._unit.handle
         if (handle is None or not handle.is_unsharded) and not self._unit.is_full_elsewhere:
             raise RuntimeError(
@@ -66,6 +76,7 @@ def _pre_forward(
     if unit.post_optim_event is not None:
         unit.post_optim_event.wait()
         unit.post_optim_event = None
+        unit.connect_hooks()
     policy = unit.policy
     if policy.cast_forward_inputs and policy.param_dtype is not None:
         args = cast_floating(args, policy.param_dtype)

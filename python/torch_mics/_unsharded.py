@@ -50,6 +50,7 @@ def unsharded(model: nn.Module, *, writeback: bool = False) -> Iterator[None]:
         full[id(parameter)] = nn.Parameter(gathered.clone(), requires_grad=False)
     for unit in units:
         unit.is_full_elsewhere = True
+        unit.connect_hooks()
     try:
         for _, parameter in parameters:
             for place in parameter.places:
@@ -61,6 +62,7 @@ def unsharded(model: nn.Module, *, writeback: bool = False) -> Iterator[None]:
                 place.module._parameters[place.name] = parameter.sharded
         for unit in units:
             unit.is_full_elsewhere = False
+            unit.connect_hooks()
     if not writeback:
         return
     with torch.no_grad():

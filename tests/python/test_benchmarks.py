@@ -22,6 +22,19 @@ def run(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+def test_host_overhead(tmp_path: Path):
+    file = tmp_path / "numbers.json"
+    arguments = ("--units", "3", "--parameters", "2", "--world-sizes", "2", "--rounds", "2")
+    last = run("host_overhead.py", *arguments, "--json", str(file)).splitlines()[-1]
+    printed = re.fullmatch(r"ratio ours/FSDP2 = (\d+\.\d{4})", last)
+    numbers = json.loads(file.read_text())
+    assert printed is not None
+    assert abs(float(printed[1]) - numbers["ratios"]["inline"]) < 1e-4
+    assert [(row["streams"], row["clock"]) for row in numbers["rows"]] == [
+        (streams, clock) for streams in ("inline", "threads") for clock in ("wall", "cpu")
+    ]
+
+
 def test_optimizer_overhead(tmp_path: Path):
     file = tmp_path / "numbers.json"
     arguments = ("--units", "3", "--parameters", "4", "--rounds", "3", "--json", str(file))

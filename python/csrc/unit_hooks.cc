@@ -1,0 +1,115 @@
+#include "unit_hooks.h"
+
+#include <c10/core/GradMode.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <utility>
+
+namespace py = pybind11;
+
+namespace mics {
+
+namespace {
+
+bool is_plain_value(py::handle value) {
+  return value.is_none() || PyBool_Check(value.ptr()) || PyLong_Check(value.ptr()) ||
+         PyFloat_Check(value.ptr()) || PyUnicode_Check(value.ptr());
+}
+
+// False when in doubt.
+bool has_only(py::handle value, at::ScalarType dtype) {
+  if (THPVariable_Check(value.ptr())) {
+    const at::Tensor& tensor = THPVariable_Unpack(value.ptr());
+    return !tensor.is_floating_point() || tensor.scalar_type() == dtype;
+  }
+  if (PyTuple_Check(value.ptr()) || PyList_Check(value.ptr())) {
+    for (const py::handle item : py::reinterpret_borrow<py::sequence>(value)) {
+      if (!has_only(item, dtype)) return false;
+    }
+    return true;
+  }
+  if (PyDict_Check(value.ptr())) {
+    for (const auto& item : py::reinterpret_borrow<py::dict>(value)) {
+      if (!has_only(item.second, dtype)) return false;
+    }
+    return true;
+  }
+  return is_plain_value(value);
+}
+
+}  // namespace
+
+UnitHooks::UnitHooks(py::function long_pre_forward, py::function long_post_forward,
+                     py::function find_tensors)
+    : long_pre_forward_(std::move(long_pre_forward)),
+      long_post_forward_(std::move(long_post_forward)),
+      find_tensors_(std::move(find_tensors)) {}
+
+void UnitHooks::connect(const std::shared_ptr<Engine>& engine, int unit,
+                        std::optional<at::ScalarType> input_dtype) {
+  engine_ = engine;
+  unit_ = unit;
+  input_dtype_ = input_dtype;
+}
+
+py::object UnitHooks::pre_forward(const py::object& module, const py::tuple& args,
+                                  const py::dict& kwargs) {
+  const std::shared_ptr<Engine> engine = engine_.lock();
+  if (!engine ||
+      (input_dtype_ && !(has_only(args, *input_dtype_) && has_only(kwargs, *input_dtype_)))) {
+    return long_pre_forward_(module, args, kwargs);
+  }
+  {
+    const py::gil_scoped_release no_gil;
+    engine->pre_forward(unit_);
+  }
+  return py::none();
+}
+
+void UnitHooks::append_tensors(py::handle value, std::vector<at::Tensor>& tensors) const {
+  if (THPVariable_Check(value.ptr())) {
+    tensors.push_back(THPVariable_Unpack(value.ptr()));
+  } else if (PyTuple_Check(value.ptr()) || PyList_Check(value.ptr())) {
+    for (const py::handle item : py::reinterpret_borrow<py::sequence>(value)) {
+      append_tensors(item, tensors);
+    }
+  } else if (PyDict_CheckExact(value.ptr())) {
+    for (const auto& item : py::reinterpret_borrow<py::dict>(value)) {
+      append_tensors(item.second, tensors);
+    }
+  } else if (!is_plain_value(value)) {
+    for (auto& tensor : find_tensors_(value).cast<std::vector<at::Tensor>>()) {
+      tensors.push_back(std::move(tensor));
+    }
+  }
+}
+
+py::object UnitHooks::post_forward(const py::object& module, const py::object& args,
+                                   const py::object& output) {
+  const std::shared_ptr<Engine> engine = engine_.lock();
+  if (!engine) return long_post_forward_(module, args, output);
+  const bool failed = output.is_none();  // always_call=True: the forward threw
+  std::vector<at::Tensor> outputs;
+  if (!failed && c10::GradMode::is_enabled()) append_tensors(output, outputs);
+  {
+    const py::gil_scoped_release no_gil;
+    if (!outputs.empty()) engine->watch_outputs(unit_, outputs);
+    engine->post_forward(unit_, failed);
+  }
+  return py::none();
+}
+
+void bind_unit_hooks(py::module_& module) {
+  py::class_<UnitHooks, std::shared_ptr<UnitHooks>>(module, "UnitHooks")
+      .def(py::init<py::function, py::function, py::function>(), py::kw_only(),
+           py::arg("long_pre_forward"), py::arg("long_post_forward"), py::arg("find_tensors"))
+      .def("connect", &UnitHooks::connect, py::arg("engine"), py::arg("unit"), py::kw_only(),
+           py::arg("input_dtype"))
+      .def("disconnect", &UnitHooks::disconnect)
+      .def("pre_forward", &UnitHooks::pre_forward)
+      .def("post_forward", &UnitHooks::post_forward);
+}
+
+}  // namespace mics
