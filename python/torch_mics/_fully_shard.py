@@ -20,9 +20,10 @@ from torch_mics._groups import (
     groups_of,
 )
 from torch_mics._hooks import register_hooks
-from torch_mics._module import MiCSModule, check_reshard_after_forward
+from torch_mics._module import MiCSModule
 from torch_mics._optimizer_checks import install_optimizer_checks
 from torch_mics._policy import resolve_policy
+from torch_mics._residency import check_accumulate, check_keep, resolve_reshard
 from torch_mics._state_dict_hooks import register_state_dict_hooks
 from torch_mics._unit import Place, Settings, ShardedUnit
 
@@ -34,7 +35,7 @@ def fully_shard(
     module: nn.Module | list[nn.Module],
     *,
     mesh: DeviceMesh | None = None,
-    reshard_after_forward: bool | None = None,
+    reshard_after_forward: bool | int | None = None,
     shard_placement_fn: Callable[[nn.Parameter], Any] | None = None,
     mp_policy: MixedPrecisionPolicy | str | None = None,
     offload_policy: OffloadPolicy | None = None,
@@ -43,6 +44,7 @@ def fully_shard(
     shard_size: ShardSize | None = None,
     hierarchical_gather: HierarchicalGather = "auto",
     accumulate: str = "two_hop",
+    keep_between_microsteps: str = "shard",
 ) -> Any:
     """Shards the parameters of `module` over a partition group, in place; FSDP2's signature.
 
@@ -55,7 +57,9 @@ def fully_shard(
         module: a module, or several whose parameters form one unit (tied ones must).
         mesh: 1-D (shard) or 2-D (replicate, shard); see init_mesh().
         reshard_after_forward: free the full parameters after forward and gather them again in
-            backward. None: True, but False for the root.
+            backward. The number of ranks of a node: keep the node block, so that backward gathers
+            inside the node only. None: True, but False for the root. What is kept between
+            micro-steps is kept after forward too.
         shard_placement_fn: must be None; parameters are cut along dim 0.
         mp_policy: a MixedPrecisionPolicy, or "bf16" or "fp16" (gradients then reduced in fp32).
         offload_policy: must be the default; parameters stay on the device.
@@ -64,7 +68,11 @@ def fully_shard(
         shard_size: without a mesh: ranks per partition group; "node" (default), "world" or a number.
         hierarchical_gather: across nodes first, then inside them; "auto": where a group spans nodes.
         accumulate: what set_requires_gradient_sync(False) means: "two_hop" reduces inside the
-            partition group and keeps shards; "local" keeps full gradients, as FSDP2.
+            partition group and keeps shards; "block" reduces inside the node, keeps a node block
+            and crosses nodes once per step; "local" keeps full gradients, as FSDP2.
+        keep_between_microsteps: what stays of the full parameters from one micro-step to the next:
+            "shard" (nothing), "block" (the node block: nodes are crossed once per step) or "full".
+            What is kept is gathered anew once the shard has been written.
 
     Returns:
         `module`, whose class is now a subclass of MiCSModule and of its own class.
@@ -73,8 +81,7 @@ def fully_shard(
         ValueError, TypeError: an argument or parameter that breaks a rule; nothing has been changed.
     """
     modules = _as_list(module)
-    check_reshard_after_forward(reshard_after_forward)
-    _check_arguments(mesh, shard_size, offload_policy, accumulate)
+    _check_arguments(mesh, shard_size, offload_policy)
     if shard_placement_fn is not None:
         raise ValueError("shard_placement_fn must be None: parameters are cut along dim 0.")
     if dp_mesh_dims is not None:
@@ -87,9 +94,16 @@ def fully_shard(
         mesh = default_mesh("node" if shard_size is None else shard_size)
     groups = groups_of(mesh)
     groups.variant(hierarchical_gather)  # refuses what the nodes do not allow
+    resolve_reshard(reshard_after_forward, groups, hierarchical_gather)
+    check_keep(keep_between_microsteps, groups, hierarchical_gather)
+    check_accumulate(accumulate, groups, hierarchical_gather)
     found = _find_parameters(modules, ignored_params or set())
     _check_parameters(found)
-    settings = Settings(reshard_after_forward=reshard_after_forward, accumulate=accumulate)
+    settings = Settings(
+        reshard_after_forward=reshard_after_forward,
+        keep_between_microsteps=keep_between_microsteps,
+        accumulate=accumulate,
+    )
     unit = ShardedUnit(modules, groups, policy, hierarchical_gather, settings)
     device = _device_of(groups)
     _move_to_device(modules, found, device)
@@ -129,7 +143,6 @@ def _check_arguments(
     mesh: DeviceMesh | None,
     shard_size: ShardSize | None,
     offload_policy: OffloadPolicy | None,
-    accumulate: str,
 ) -> None:
     if mesh is not None and shard_size is not None:
         raise ValueError(
@@ -140,8 +153,6 @@ def _check_arguments(
             f"offload_policy must be OffloadPolicy(): got {type(offload_policy).__name__}. Offloading "
             "to the CPU is not available."
         )
-    if accumulate not in ("two_hop", "local"):
-        raise ValueError(f'accumulate must be "two_hop" or "local": got {accumulate!r}.')
 
 
 def _find_parameters(

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from torch_mics._context import Context, units_of
 from torch_mics._hooks import ForwardAdapter, ensure_context
+from torch_mics._residency import check_keep, resolve_reshard
 from torch_mics._unit import ShardedUnit
 
 _FORWARD_ADAPTER = ForwardAdapter()
@@ -91,16 +92,29 @@ class MiCSModule(FSDPModule):
         if self._unit.context is not None:
             self._unit.context.engine.reshard(self._unit.index)
 
-    def set_reshard_after_forward(self, reshard_after_forward: bool, recurse: bool = True) -> None:
-        """Whether forward frees the full parameters; if not, backward need not gather them again."""
-        check_reshard_after_forward(reshard_after_forward)
+    def set_reshard_after_forward(
+        self, reshard_after_forward: bool | int, recurse: bool = True
+    ) -> None:
+        """What forward frees: as the argument of fully_shard()."""
+        for unit in self._units(recurse=recurse):
+            resolve_reshard(reshard_after_forward, unit.groups, unit.hierarchical)
         self._set("reshard_after_forward", reshard_after_forward, recurse=recurse)
+
+    def set_keep_between_microsteps(self, keep: str, *, recurse: bool = True) -> None:
+        """What stays between micro-steps: as the argument of fully_shard()."""
+        for unit in self._units(recurse=recurse):
+            check_keep(keep, unit.groups, unit.hierarchical)
+        self._set("keep_between_microsteps", keep, recurse=recurse)
 
     def set_reshard_after_backward(
         self, reshard_after_backward: bool, *, recurse: bool = True
     ) -> None:
-        """Whether backward frees the full parameters. A later forward gathers changed ones again."""
-        self._set("reshard_after_backward", reshard_after_backward, recurse=recurse)
+        """Whether backward frees the full parameters: True is "shard", False "full", as
+        set_keep_between_microsteps() has it.
+        """
+        self.set_keep_between_microsteps(
+            "shard" if reshard_after_backward else "full", recurse=recurse
+        )
 
     def set_unshard_in_backward(self, unshard_in_backward: bool) -> None:
         """Whether backward gathers this unit; False only if its backward needs no parameter."""
@@ -121,6 +135,7 @@ class MiCSModule(FSDPModule):
     def set_post_optim_event(self, event: torch.Event) -> None:
         """Lets the next forward's gathers wait for `event`."""
         self._unit.post_optim_event = event
+        self._unit.connect_hooks()
 
     # --- gradients -----------------------------------------------------------------------------------
 
@@ -289,15 +304,6 @@ class MiCSModule(FSDPModule):
 
     def _set_unshard_async_op(self, async_op: bool) -> None:
         """Gathers always run beside compute, on streams of their own; both values give that."""
-
-
-def check_reshard_after_forward(value: object) -> None:
-    """Raises when `value` is not a bool or None."""
-    if value is not None and not isinstance(value, bool):
-        raise ValueError(
-            f"reshard_after_forward must be True, False or None: got {value!r}. Resharding to a part of "
-            "the partition group is not available."
-        )
 
 
 def _refuse(method: str, asked: bool, remedy: str) -> None:

@@ -23,10 +23,11 @@ def shard_model(
     mesh: DeviceMesh | None = None,
     shard_size: ShardSize | Literal["auto"] | None = None,
     mp_policy: MixedPrecisionPolicy | str | None = None,
-    reshard_after_forward: bool | None = None,
+    reshard_after_forward: bool | int | None = None,
     ignored_params: set[nn.Parameter] | None = None,
     hierarchical_gather: HierarchicalGather = "auto",
     accumulate: str = "two_hop",
+    keep_between_microsteps: str = "shard",
 ) -> Model:
     """Shards a whole model in place: each unit, then the root with what is left.
 
@@ -37,8 +38,8 @@ def shard_model(
             a set of module classes; a predicate on modules; an int: modules of at least so many
             parameters that hold no such module; or the modules themselves.
         shard_size: as fully_shard(), or "auto": the one that plan() finds (docs/planner.md#auto).
-        mesh, mp_policy, reshard_after_forward, ignored_params, hierarchical_gather,
-        accumulate: as fully_shard().
+        mesh, mp_policy, reshard_after_forward, ignored_params, hierarchical_gather, accumulate,
+        keep_between_microsteps: as fully_shard().
 
     Returns:
         `model`.
@@ -63,6 +64,7 @@ def shard_model(
         "ignored_params": ignored_params,
         "hierarchical_gather": hierarchical_gather,
         "accumulate": accumulate,
+        "keep_between_microsteps": keep_between_microsteps,
     }
     for group in find_units(model, units):
         fully_shard(

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from torch_mics import _C
+from torch_mics._residency import residency_of, resolve_reshard
 
 if TYPE_CHECKING:
     from torch_mics._context import Context
@@ -53,8 +54,8 @@ class Parameter:
 class Settings:
     """What the methods of MiCSModule set; pushed to the C++ unit when something changes."""
 
-    reshard_after_forward: bool | None = None  # None: by whether the unit is the root
-    reshard_after_backward: bool = True
+    reshard_after_forward: bool | int | None = None  # None: see residency_of()
+    keep_between_microsteps: str = "shard"
     unshard_in_backward: bool = True
     requires_gradient_sync: bool = True
     requires_all_reduce: bool = True
@@ -91,6 +92,7 @@ class ShardedUnit:
         self.context: Context | None = None
         self.handle: _C.Unit | None = None
         self.index = -1
+        self.hooks: _C.UnitHooks | None = None
         # Modules of a group that the open forward has still to run.
         self.modules_to_run: set[nn.Module] = set()
         self.is_full_elsewhere = False  # inside unsharded()
@@ -273,6 +275,29 @@ class ShardedUnit:
             handle.set_gradient_hook(self.gradient_hook)
         self.handle = handle
 
+    def connect_hooks(self) -> None:
+        """Lets forwards of this unit take the short way through C++ when nothing needs the long one.
+
+        To be called when anything that is asked here has changed.
+        """
+        assert self.hooks is not None
+        context, policy = self.context, self.policy
+        if (
+            context is None
+            or self is context.root_unit
+            or len(self.modules) > 1
+            or policy.output_dtype is not None
+            or self.is_full_elsewhere
+            or self.post_optim_event is not None
+        ):
+            self.hooks.disconnect()
+            return
+        self.hooks.connect(
+            context.engine,
+            self.index,
+            input_dtype=policy.param_dtype if policy.cast_forward_inputs else None,
+        )
+
     def check_no_accumulation(self) -> None:
         """Raises RuntimeError when gradients wait for their synchronisation."""
         handle = self.handle
@@ -299,20 +324,17 @@ class ShardedUnit:
         if self.handle is None:
             return
         settings, target = self.settings, self.handle.settings
-        reshard = settings.reshard_after_forward
         residency = target.residency
-        residency.after_forward = (
-            _C.Residency.SHARD
-            if (reshard is None and not is_root) or reshard
-            else _C.Residency.FULL
+        residency.after_forward, residency.between_microsteps = residency_of(
+            resolve_reshard(settings.reshard_after_forward, self.groups, self.hierarchical),
+            settings.keep_between_microsteps,
+            is_root=is_root,
         )
-        residency.between_microsteps = (
-            _C.Residency.SHARD if settings.reshard_after_backward else _C.Residency.FULL
+        residency.gradient_accumulation = (
+            _C.Residency.BLOCK if settings.accumulate == "block" else _C.Residency.SHARD
         )
         target.unshard_in_backward = settings.unshard_in_backward
-        target.reduce_gradients = (
-            settings.requires_gradient_sync or settings.accumulate == "two_hop"
-        )
+        target.reduce_gradients = settings.requires_gradient_sync or settings.accumulate != "local"
         target.synchronize_gradients = (
             settings.requires_gradient_sync
             and settings.requires_all_reduce

@@ -546,7 +546,7 @@ def _bad_arguments(rank: int) -> dict[str, tuple[str, str]]:
     shard("mp_policy string", mesh=mesh, mp_policy="fp8")
     shard("mp_policy type", mesh=mesh, mp_policy=torch.bfloat16)
     shard("accumulate", mesh=mesh, accumulate="global")
-    shard("reshard_after_forward", mesh=mesh, reshard_after_forward=2)
+    shard("reshard_after_forward", mesh=mesh, reshard_after_forward=3)
     shard("units string", mesh=mesh, units="blocks")
     shard("units type", mesh=mesh, units=1.5)
     shard("units bool", mesh=mesh, units=True)
@@ -567,7 +567,7 @@ def _bad_arguments(rank: int) -> dict[str, tuple[str, str]]:
         calls["override"] = lambda: mics.fully_shard(
             make_gpt(blocks=1), mesh=mesh, mp_policy=override
         )
-    calls["set_reshard_after_forward"] = lambda: sharded_gpt().set_reshard_after_forward(2)
+    calls["set_reshard_after_forward"] = lambda: sharded_gpt().set_reshard_after_forward(3)
     calls["divide factor"] = lambda: sharded_gpt().set_gradient_divide_factor(0.0)
     calls["prefetch"] = lambda: sharded_gpt().set_modules_to_forward_prefetch([nn.Linear(2, 2)])
     calls["microbatch"] = lambda: mics.microbatch(nn.Linear(2, 2), is_last=True).__enter__()
@@ -585,10 +585,18 @@ BAD_ARGUMENTS = {
     "fully_shard mp_policy string": ("ValueError", '"bf16", "fp16" or a MixedPrec', "got 'fp8'"),
     "shard_model mp_policy type": ("TypeError", "or a MixedPrecisionPolicy", "got dtype"),
     "fully_shard mp_policy type": ("TypeError", "or a MixedPrecisionPolicy", "got dtype"),
-    "shard_model accumulate": ("ValueError", '"two_hop" or "local"', "got 'global'"),
-    "fully_shard accumulate": ("ValueError", '"two_hop" or "local"', "got 'global'"),
-    "shard_model reshard_after_forward": ("ValueError", "must be True, False or None", "got 2"),
-    "fully_shard reshard_after_forward": ("ValueError", "must be True, False or None", "got 2"),
+    "shard_model accumulate": ("ValueError", '"two_hop", "block" or "local"', "got 'global'"),
+    "fully_shard accumulate": ("ValueError", '"two_hop", "block" or "local"', "got 'global'"),
+    "shard_model reshard_after_forward": (
+        "ValueError",
+        "reshard_after_forward=3 needs",
+        "partition_size=2",
+    ),
+    "fully_shard reshard_after_forward": (
+        "ValueError",
+        "reshard_after_forward=3 needs",
+        "partition_size=2",
+    ),
     "shard_model units string": ("ValueError", 'units must be "auto"', "got 'blocks'"),
     "shard_model units type": ("TypeError", 'must be "auto"', "got float"),
     "shard_model units bool": ("TypeError", "must not be a bool", "got True"),
@@ -600,7 +608,11 @@ BAD_ARGUMENTS = {
     "empty list": ("ValueError", "at least one module", "empty list"),
     "not a module": ("TypeError", "takes modules", "got Parameter"),
     "ModuleList": ("ValueError", "modules with a forward", "got ModuleList", "Shard its members"),
-    "set_reshard_after_forward": ("ValueError", "must be True, False or None", "got 2"),
+    "set_reshard_after_forward": (
+        "ValueError",
+        "reshard_after_forward=3 needs",
+        "partition_size=2",
+    ),
     "divide factor": ("ValueError", "must be positive", "factor=0.0"),
     "prefetch": ("ValueError", "must be sharded by torch_mics", "got Linear"),
     "microbatch": ("TypeError", "microbatch needs a sharded model", "got Linear", "shard_model()"),
@@ -633,7 +645,7 @@ def test_every_bad_argument_is_looked_at(bad_arguments: list[dict[str, tuple[str
 def _bad_argument_leaves_the_model_alone(rank: int) -> bool:
     model = make_gpt(blocks=2)
     before = dict(model.named_parameters())
-    for options in ({"mp_policy": "fp8"}, {"accumulate": "x"}, {"reshard_after_forward": 2}):
+    for options in ({"mp_policy": "fp8"}, {"accumulate": "x"}, {"reshard_after_forward": 3}):
         assert caught(lambda options=options: mics.shard_model(model, shard_size=2, **options))[0]
     unchanged = type(model) is TinyGPT and all(type(block) is Block for block in model.blocks)
     return unchanged and all(before[name] is now for name, now in model.named_parameters())
