@@ -79,7 +79,9 @@ class CMakeBuild(build_ext):
             subprocess.run(configure, check=True)
             marker.write_text(fingerprint)
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
-        subprocess.run([cmake, "--build", str(BUILD_TREE), "--parallel", jobs], check=True)
+        # The tree may have tests too, which the package does not need.
+        build = [cmake, "--build", str(BUILD_TREE), "--target", "_C", "--parallel", jobs]
+        subprocess.run(build, check=True)
         subprocess.run(
             [cmake, "--install", str(BUILD_TREE), "--component", "python"]
             + ["--prefix", str(self._package_directory())],
