@@ -7,6 +7,7 @@
 // Lifetime: tensors are held until the operation has run; the caller may drop its own references.
 // Sums:     in ascending rank order, in fp32 (fp64 for fp64, the type itself for integers), rounded
 //           once to the tensors' dtype. There is no average: scaling is the caller's, in fp32.
+// Failures: with a flight log, a CommError or TimeoutError ends in what each rank was doing.
 // Traffic:  what the backend's algorithm sends and receives, by peer, split by node; see Traffic.
 //
 // Thread safety: one thread at a time.
@@ -15,9 +16,14 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
+#include <memory>
 #include <string>
+#include <string_view>
+#include <utility>
 #include <vector>
 
+#include "mics/flight_log.h"
 #include "mics/stream.h"
 
 namespace mics {
@@ -66,9 +72,11 @@ class Communicator {
   // Throws:   InvalidArgument before anything is queued. CommError, TimeoutError from the stream.
   // Cost:     received: (size - 1) * numel elements per pair. Other copies: none on local; one
   //           staging copy on each side on c10d when there are several pairs.
-  void all_gather(const std::vector<TensorPair>& pairs, Stream& stream);
-  void all_gather(const at::Tensor& output, const at::Tensor& input, Stream& stream) {
-    all_gather(std::vector<TensorPair>{{output, input}}, stream);
+  // `unit` is for the flight log.
+  void all_gather(const std::vector<TensorPair>& pairs, Stream& stream, std::string_view unit = {});
+  void all_gather(const at::Tensor& output, const at::Tensor& input, Stream& stream,
+                  std::string_view unit = {}) {
+    all_gather(std::vector<TensorPair>{{output, input}}, stream, unit);
   }
 
   // Sums every member's inputs and leaves piece r of the sum at rank r; all pairs as one launch.
@@ -80,15 +88,20 @@ class Communicator {
   // overwritten; any other overlap is an error.
   // Throws:   as all_gather.
   // Cost:     sent and received: (size - 1) * numel elements per pair, each to its owner directly.
-  void reduce_scatter(const std::vector<TensorPair>& pairs, Stream& stream);
-  void reduce_scatter(const at::Tensor& output, const at::Tensor& input, Stream& stream) {
-    reduce_scatter(std::vector<TensorPair>{{output, input}}, stream);
+  void reduce_scatter(const std::vector<TensorPair>& pairs, Stream& stream,
+                      std::string_view unit = {});
+  void reduce_scatter(const at::Tensor& output, const at::Tensor& input, Stream& stream,
+                      std::string_view unit = {}) {
+    reduce_scatter(std::vector<TensorPair>{{output, input}}, stream, unit);
   }
 
   // Replaces `tensor` [numel] by the sum over all members; bitwise equal on every member.
   // Throws:   as all_gather.
   // Cost:     sent and received: 2 * (size - 1) * ceil(numel / size) elements.
-  void all_reduce(const at::Tensor& tensor, Stream& stream);
+  void all_reduce(const at::Tensor& tensor, Stream& stream, std::string_view unit = {});
+
+  // From here on operations are logged. Before the first one.
+  void set_flight_log(std::shared_ptr<FlightLog> log) { log_ = std::move(log); }
 
   // Memory that the backend keeps for moving messages: grows to the largest one.
   [[nodiscard]] virtual int64_t staging_nbytes() const { return 0; }
@@ -117,8 +130,14 @@ class Communicator {
   void check_pairs(const char* op, const std::vector<TensorPair>& pairs,
                    bool output_is_larger) const;
 
+  // Queues `work`, logged; what it throws gets the log's report.
+  void enqueue(Stream& stream, std::string_view op, std::string_view unit, int64_t nbytes,
+               std::function<void()> work);
+
   const GroupInfo group_;
+  const std::string log_name_;  // "gather/rail [0 2]"
   Traffic traffic_;
+  std::shared_ptr<FlightLog> log_;
 };
 
 // The accumulation type of a sum: fp32 for fp32, bf16 and fp16; fp64 for fp64; int64 for int64.

@@ -3,11 +3,13 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <torch/csrc/distributed/c10d/Store.hpp>
 
 #include "bindings.h"
 #include "mics/c10d_communicator.h"
 #include "mics/communicator.h"
 #include "mics/local_world.h"
+#include "mics/store_reports.h"
 
 namespace py = pybind11;
 
@@ -44,6 +46,33 @@ void bind_comm(py::module_& module) {
       .def_readonly("received_inter_nbytes", &Traffic::received_inter_nbytes);
 
   using Release = py::call_guard<py::gil_scoped_release>;
+  using Seconds = std::chrono::duration<double>;
+  py::class_<LoggedOperation>(module, "LoggedOperation")
+      .def_readonly("number", &LoggedOperation::number)
+      .def_readonly("group", &LoggedOperation::group)
+      .def_readonly("op", &LoggedOperation::op)
+      .def_readonly("unit", &LoggedOperation::unit)
+      .def_readonly("nbytes", &LoggedOperation::nbytes)
+      .def_property_readonly("state",
+                             [](const LoggedOperation& self) {
+                               constexpr const char* kNames[] = {"issued", "started", "finished",
+                                                                 "failed"};
+                               return kNames[static_cast<size_t>(self.state)];
+                             })
+      .def_property_readonly("seconds", [](const LoggedOperation& self) -> std::optional<double> {
+        if (self.state < LoggedOperation::State::kFinished) return std::nullopt;
+        return Seconds(self.ended_at - self.started_at).count();
+      });
+  py::class_<FlightLog, std::shared_ptr<FlightLog>>(module, "FlightLog")
+      .def("operations", &FlightLog::operations);
+  module.def(
+      "make_reporting_log",
+      [](const c10::intrusive_ptr<c10d::Store>& store, int rank, int world_size,
+         std::chrono::milliseconds interval, std::chrono::milliseconds patience) {
+        return make_reporting_log(store, rank, world_size, interval, patience);
+      },
+      py::arg("store"), py::kw_only(), py::arg("rank"), py::arg("world_size"), py::arg("interval"),
+      py::arg("patience"), Release());
   py::class_<Communicator, std::shared_ptr<Communicator>>(module, "Communicator")
       .def_property_readonly("name", [](const Communicator& self) { return self.group().name; })
       .def_property_readonly("world_ranks",
@@ -69,6 +98,8 @@ void bind_comm(py::module_& module) {
             self.all_reduce(tensor, *make_inline_stream());
           },
           py::arg("tensor"), Release())
+      .def("set_flight_log", &Communicator::set_flight_log, py::arg("log"))
+      .def_property_readonly("staging_nbytes", &Communicator::staging_nbytes)
       .def("barrier", &Communicator::barrier, Release());
 
   py::class_<LocalWorld>(module, "LocalWorld")

@@ -14,7 +14,7 @@ from torch_mics._groups import init_mesh  # noqa: E402
 from torch_mics._materialize import materialize  # noqa: E402
 from torch_mics._module import MiCSModule, UnshardHandle  # noqa: E402
 from torch_mics._shard_model import shard_model  # noqa: E402
-from torch_mics._training import clip_grad_norm_, memory, microbatch, traffic  # noqa: E402
+from torch_mics._training import clip_grad_norm_, flight_log, memory, microbatch, traffic  # noqa: E402
 from torch_mics._unsharded import unsharded  # noqa: E402
 from torch_mics._version import __version__  # noqa: E402
 from torch_mics.planner import Plan, load_calibration, plan, predicted_bytes  # noqa: E402
@@ -31,6 +31,7 @@ __all__ = [
     "__version__",
     "checkpoint",
     "clip_grad_norm_",
+    "flight_log",
     "full_state_dict",
     "fully_shard",
     "init_mesh",

@@ -11,7 +11,7 @@ from torch import nn
 
 from torch_mics import _C
 from torch_mics._exchange import check_same, exchange
-from torch_mics._groups import Communicators
+from torch_mics._groups import Communicators, flight_log
 from torch_mics._unit import ShardedUnit
 
 
@@ -38,6 +38,8 @@ class Context:
         self._name_units(root)
         _check_shards(self.units)
         _check_agreement(self.units)
+        # Kept here: all models of a session write into one.
+        self.flight_log = flight_log() if dist.get_world_size() > 1 else None
         self.communicators: dict[_C.Variant, Communicators] = {}
         for unit in self.units:
             variant = unit.groups.variant(unit.hierarchical)
@@ -56,7 +58,7 @@ class Context:
     def _name_units(self, root: nn.Module) -> None:
         names = {id(module): name for name, module in root.named_modules()}
         for unit in self.units:
-            found = [names.get(id(module)) or type(module).__name__ for module in unit.modules]
+            found = [names.get(id(module)) or _class_name(module) for module in unit.modules]
             unit.name = ", ".join(found)
 
     def _make_engine(self) -> None:
@@ -133,6 +135,12 @@ class Context:
             for field in _TRAFFIC_FIELDS:
                 counters[field] += getattr(traffic, field)
         return totals
+
+
+def _class_name(module: nn.Module) -> str:
+    """Of the module before it was sharded."""
+    cls = type(module)
+    return cls.__mro__[cls._orig_cls_mro_index].__name__  # type: ignore[attr-defined]
 
 
 _CHECKSUM_CHUNK = 1 << 22  # elements; bounds the memory of _checksum

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torch_mics import _C
@@ -21,7 +22,9 @@ ShardSize = int | Literal["node", "world"]
 HierarchicalGather = bool | Literal["auto"]
 
 _MESH_DIMS = ("dp_replicate", "dp_shard")
-_OPERATION_TIMEOUT = datetime.timedelta(minutes=30)
+# A failure on one rank is looked for this often by the others, and answers are waited for this long.
+_ALARM_INTERVAL = datetime.timedelta(seconds=0.5)
+_PATIENCE = datetime.timedelta(seconds=1.5)
 # Meshes made without being asked for, one per shard size; they go with the process group.
 _default_meshes: weakref.WeakKeyDictionary[object, dict[ShardSize, DeviceMesh]] = (
     weakref.WeakKeyDictionary()
@@ -42,6 +45,7 @@ class _Shared:
         self.streams: weakref.WeakValueDictionary[bool, _C.RuntimeStreams] = (
             weakref.WeakValueDictionary()
         )
+        self.flight_log: weakref.ref[_C.FlightLog] | None = None
 
 
 _shared_by_world: weakref.WeakKeyDictionary[object, _Shared] = weakref.WeakKeyDictionary()
@@ -49,6 +53,32 @@ _shared_by_world: weakref.WeakKeyDictionary[object, _Shared] = weakref.WeakKeyDi
 
 def _shared() -> _Shared:
     return _shared_by_world.setdefault(dist.group.WORLD, _Shared())
+
+
+def operation_timeout() -> datetime.timedelta:
+    """Gives the time-out of a collective: that of torch's default process group."""
+    backend = dist.group.WORLD._get_backend(torch.device("cpu"))  # type: ignore[union-attr]
+    return backend.options._timeout
+
+
+def flight_log() -> _C.FlightLog:
+    """Gives the log of this session's collectives; the caller keeps it alive."""
+    shared = _shared()
+    found = shared.flight_log() if shared.flight_log is not None else None
+    if found is None:
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        store = distributed_c10d._get_default_store()
+        # Ranks make their logs in the same order, so the number of the log is the same on all.
+        number = store.add(f"torch_mics/flight_logs/{rank}", 1)
+        found = _C.make_reporting_log(
+            dist.PrefixStore(f"torch_mics/flight_log/{number}", store),
+            rank=rank,
+            world_size=world_size,
+            interval=_ALARM_INTERVAL,
+            patience=_PATIENCE,
+        )
+        shared.flight_log = weakref.ref(found)
+    return found
 
 
 def host_identity() -> str:
@@ -232,16 +262,18 @@ class Groups:
         nodes = [self.topology.node_of(rank) for rank in ranks]
         index = ranks.index(dist.get_rank())
         if len(ranks) == 1:
-            world = _C.LocalWorld(self.topology.world_size, timeout=_OPERATION_TIMEOUT)
+            world = _C.LocalWorld(self.topology.world_size, timeout=operation_timeout())
             return world.make_communicator(name=name, world_ranks=ranks, nodes=nodes, rank=index)
-        return _C.make_c10d_communicator(
+        made = _C.make_c10d_communicator(
             self._process_group(name, ranks, groups),
             name=name,
             world_ranks=ranks,
             nodes=nodes,
             rank=index,
-            timeout=_OPERATION_TIMEOUT,
+            timeout=operation_timeout(),
         )
+        made.set_flight_log(flight_log())
+        return made
 
     def _process_group(
         self, name: str, ranks: list[int], groups: list[list[int]]

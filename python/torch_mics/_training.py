@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -127,6 +128,22 @@ def _reduce_norm(norm: torch.Tensor, norm_type: float, mesh: DeviceMesh) -> torc
     powered = norm**norm_type
     dist.all_reduce(powered, dist.ReduceOp.SUM, group)
     return powered ** (1.0 / norm_type)
+
+
+def flight_log(model: nn.Module) -> list[dict[str, Any]]:
+    """Gives this rank's last collectives, oldest first; at most 256, of all models of the session.
+
+    Keys: number (in its group, from 1), group (name and world ranks), op, unit, nbytes, state ("issued",
+    "started", "finished" or "failed") and seconds (None before the end). Empty in a world of one.
+    """
+    unit: ShardedUnit = check_sharded(model, "flight_log")._unit
+    if unit.context is None or unit.context.flight_log is None:
+        return []
+    fields = ("number", "group", "op", "unit", "nbytes", "state", "seconds")
+    return [
+        {field: getattr(operation, field) for field in fields}
+        for operation in unit.context.flight_log.operations()
+    ]
 
 
 def traffic(model: nn.Module) -> dict[str, dict[str, int]]:

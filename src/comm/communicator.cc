@@ -2,10 +2,12 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <sstream>
 #include <utility>
 
 #include "comm/sum_spans.h"
 #include "mics/check.h"
+#include "mics/error.h"
 
 namespace mics {
 
@@ -46,7 +48,28 @@ void sum_rows_in_order(const at::Tensor& output, const at::Tensor& rows) {
   sum_spans(output.scalar_type(), static_cast<char*>(output.mutable_data_ptr()), spans, nbytes);
 }
 
-Communicator::Communicator(GroupInfo group) : group_(std::move(group)) {
+namespace {
+
+std::string with_report(std::string message, FlightLog& log) {
+  return message.append("\n").append(log.report_failure());
+}
+
+std::string describe(const GroupInfo& group) {
+  std::ostringstream text;
+  text << group.name << " [";
+  const char* separator = "";
+  for (const int rank : group.world_ranks) {
+    text << separator << rank;
+    separator = " ";
+  }
+  text << "]";
+  return text.str();
+}
+
+}  // namespace
+
+Communicator::Communicator(GroupInfo group)
+    : group_(std::move(group)), log_name_(describe(group_)) {
   MICS_CHECK(group_.size() >= 1, "a group must have at least one member: got name=", group_.name,
              ".");
   MICS_CHECK(group_.nodes.size() == group_.world_ranks.size(),
@@ -149,16 +172,39 @@ void copy_pairs(const std::vector<TensorPair>& pairs) {
 
 }  // namespace
 
-void Communicator::all_gather(const std::vector<TensorPair>& pairs, Stream& stream) {
+void Communicator::enqueue(Stream& stream, std::string_view op, std::string_view unit,
+                           int64_t nbytes, std::function<void()> work) {
+  if (log_ == nullptr) return stream.enqueue(std::move(work));
+  const int64_t id = log_->issue(log_name_, op, unit, nbytes);
+  stream.enqueue([log = log_, id, work = std::move(work)] {
+    log->start(id);
+    try {
+      work();
+    } catch (const TimeoutError& error) {
+      log->fail(id);
+      throw TimeoutError(with_report(error.what(), *log));
+    } catch (const CommError& error) {
+      log->fail(id);
+      throw CommError(with_report(error.what(), *log));
+    }
+    log->finish(id);
+  });
+}
+
+void Communicator::all_gather(const std::vector<TensorPair>& pairs, Stream& stream,
+                              std::string_view unit) {
   check_pairs("all_gather", pairs, /*output_is_larger=*/true);
   traffic_.calls += 1;
   note_pairs(pairs, stream);
   if (group_.size() == 1) return stream.enqueue([pairs] { copy_pairs(pairs); });
-  count_gather(total_nbytes(pairs, &TensorPair::input));
-  stream.enqueue([this, pairs] { do_all_gather(pairs); });
+  const int64_t piece_nbytes = total_nbytes(pairs, &TensorPair::input);
+  count_gather(piece_nbytes);
+  enqueue(stream, "all_gather", unit, piece_nbytes * group_.size(),
+          [this, pairs] { do_all_gather(pairs); });
 }
 
-void Communicator::reduce_scatter(const std::vector<TensorPair>& pairs, Stream& stream) {
+void Communicator::reduce_scatter(const std::vector<TensorPair>& pairs, Stream& stream,
+                                  std::string_view unit) {
   check_pairs("reduce_scatter", pairs, /*output_is_larger=*/false);
   (void)accumulation_dtype(pairs.front().input.scalar_type());
   traffic_.calls += 1;
@@ -166,10 +212,11 @@ void Communicator::reduce_scatter(const std::vector<TensorPair>& pairs, Stream& 
   if (group_.size() == 1) return stream.enqueue([pairs] { copy_pairs(pairs); });
   const int64_t piece_nbytes = total_nbytes(pairs, &TensorPair::output);
   count_direct(piece_nbytes, piece_nbytes);
-  stream.enqueue([this, pairs] { do_reduce_scatter(pairs); });
+  enqueue(stream, "reduce_scatter", unit, piece_nbytes * group_.size(),
+          [this, pairs] { do_reduce_scatter(pairs); });
 }
 
-void Communicator::all_reduce(const at::Tensor& tensor, Stream& stream) {
+void Communicator::all_reduce(const at::Tensor& tensor, Stream& stream, std::string_view unit) {
   MICS_CHECK(tensor.is_contiguous(), "all_reduce takes a contiguous tensor: got strides ",
              tensor.strides(), " (", group_.name, ").");
   (void)accumulation_dtype(tensor.scalar_type());
@@ -182,7 +229,8 @@ void Communicator::all_reduce(const at::Tensor& tensor, Stream& stream) {
   const int64_t piece_nbytes = piece_numel * static_cast<int64_t>(tensor.element_size());
   count_direct(piece_nbytes, piece_nbytes);
   count_gather(piece_nbytes);
-  stream.enqueue([this, tensor] { do_all_reduce(tensor); });
+  enqueue(stream, "all_reduce", unit, static_cast<int64_t>(tensor.nbytes()),
+          [this, tensor] { do_all_reduce(tensor); });
 }
 
 }  // namespace mics

@@ -113,7 +113,7 @@ bool GatherPipeline::start_rail(int index, bool may_grow) {
       own.copy_(shard);
     });
   }
-  if (hops.rail != nullptr) hops.rail->all_gather(block, own, stream);
+  if (hops.rail != nullptr) hops.rail->all_gather(block, own, stream, started.name());
   stream.record(*to.block_written);
   to.block_version = version;
   return true;
@@ -163,7 +163,8 @@ bool GatherPipeline::start_intra(int index, bool may_grow) {
   if (started.num_nodes() > 1) stream.wait(*to.block_written);
   stream.wait(*to.full->free);
   const std::vector<TensorPair>& pairs = pairs_of(index);
-  if (!pairs.empty()) started.communicators().gather.intra->all_gather(pairs, stream);
+  if (!pairs.empty())
+    started.communicators().gather.intra->all_gather(pairs, stream, started.name());
   stream.record(*to.full_written);
   if (to.block != nullptr) stream.record(*to.block->free);
   if (!started.keeps_block()) free_block(index);

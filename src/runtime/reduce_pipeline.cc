@@ -93,7 +93,7 @@ void ReducePipeline::reduce_to_block(int index, int slot, const std::vector<at::
       is_direct ? sum : memory_->reduce_block(slot, sum.numel(), reduced.reduce_dtype());
   zero_gaps(reduced, block);
   const std::vector<TensorPair> pairs = reduce_pairs(layout, regions, block, hops);
-  if (!pairs.empty()) hops.intra->reduce_scatter(pairs, stream);
+  if (!pairs.empty()) hops.intra->reduce_scatter(pairs, stream, reduced.name());
   if (!is_direct) accumulate(stream, sum, block, is_first);
   reduced.set_pending_block(true);
 }
@@ -113,17 +113,17 @@ void ReducePipeline::reduce_to_pending(int index, int slot,
       zero_gaps(reduced, own);
     }
     const std::vector<TensorPair> pairs = reduce_pairs(layout, regions, own, hops);
-    if (!pairs.empty()) hops.intra->reduce_scatter(pairs, *streams_.reduce_intra);
+    if (!pairs.empty()) hops.intra->reduce_scatter(pairs, *streams_.reduce_intra, reduced.name());
   } else {
     const at::Tensor block = memory_->reduce_block(slot, hops.num_nodes() * layout.shard_numel(),
                                                    reduced.reduce_dtype());
     zero_gaps(reduced, block);
     const std::vector<TensorPair> pairs = reduce_pairs(layout, regions, block, hops);
-    if (!pairs.empty()) hops.intra->reduce_scatter(pairs, *streams_.reduce_intra);
+    if (!pairs.empty()) hops.intra->reduce_scatter(pairs, *streams_.reduce_intra, reduced.name());
     streams_.reduce_intra->record(*state(index).block_summed);
     streams_.reduce_rail->wait(*state(index).block_summed);
     if (!is_direct) own = own_slot(layout, block, hops);
-    hops.rail->reduce_scatter(own, block, *streams_.reduce_rail);
+    hops.rail->reduce_scatter(own, block, *streams_.reduce_rail, reduced.name());
   }
   if (!is_direct) accumulate(pending_stream(reduced), pending, own, is_first);
 }
@@ -143,7 +143,7 @@ void ReducePipeline::synchronize(int index) {
     const at::Tensor pending = is_first ? synchronized.new_pending() : synchronized.pending();
     const at::Tensor own =
         is_first ? pending : own_slot(synchronized.gradient_layout(), block, communicators.reduce);
-    communicators.reduce.rail->reduce_scatter(own, block, stream);
+    communicators.reduce.rail->reduce_scatter(own, block, stream, synchronized.name());
     if (!is_first) accumulate(stream, pending, own, /*is_first=*/false);
     stream.record(accumulated);
     synchronized.set_pending_block(false);
@@ -151,7 +151,8 @@ void ReducePipeline::synchronize(int index) {
   Stream& stream = *streams_.replicate;
   stream.wait(accumulated);
   const at::Tensor pending = synchronized.pending();
-  if (communicators.replicate != nullptr) communicators.replicate->all_reduce(pending, stream);
+  if (communicators.replicate != nullptr)
+    communicators.replicate->all_reduce(pending, stream, synchronized.name());
   const double factor = synchronized.settings().gradient_factor;
   if (factor != 1.0) {
     stream.note_read(pending);

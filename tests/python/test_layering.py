@@ -33,8 +33,10 @@ BASE_HEADERS = ("check.h", "error.h", "build_info.h")
 COMM_HEADERS = (
     "stream.h",
     "communicator.h",
+    "flight_log.h",
     "local_world.h",
     "c10d_communicator.h",
+    "store_reports.h",
     "shm_communicator.h",
 )
 SHARD_HEADERS = ("full_buffer.h",)
@@ -60,7 +62,7 @@ def public(*names: str) -> tuple[str, ...]:
 
 BASE = (STD, *public(*BASE_HEADERS))
 PLAN = (*BASE, *public(*PLAN_HEADERS), "plan/*")
-COMM = (*BASE, *public("stream.h", "communicator.h"), *TORCH)
+COMM = (*BASE, *public("stream.h", "communicator.h", "flight_log.h"), *TORCH)
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,13 @@ ROOMS = (
     ),
     Room(
         "src/comm/c10d",
-        (*COMM, "mics/c10d_communicator.h", "base/*", "comm/*", "torch/csrc/distributed/c10d/*"),
+        (
+            *COMM,
+            *public("c10d_communicator.h", "store_reports.h"),
+            "base/*",
+            "comm/*",
+            "torch/csrc/distributed/c10d/*",
+        ),
         "comm/c10d needs the comm interface and c10d",
         ("comm/local/*", "comm/nccl/*"),
     ),
@@ -194,7 +202,14 @@ HEADER_LAYERS = (
     ),
     (
         COLLECTIVE_HEADERS,
-        public(*BASE_HEADERS, *PLAN_HEADERS, "stream.h", "communicator.h", *COLLECTIVE_HEADERS),
+        public(
+            *BASE_HEADERS,
+            *PLAN_HEADERS,
+            "stream.h",
+            "communicator.h",
+            "flight_log.h",
+            *COLLECTIVE_HEADERS,
+        ),
         "a collective header includes plan and the comm interface",
     ),
     (OPTIM_HEADERS, public(*BASE_HEADERS, *OPTIM_HEADERS), "an optim header includes base"),

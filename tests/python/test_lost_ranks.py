@@ -1,0 +1,139 @@
+"""A rank that is lost, stopped or out of step: the others end in time, and say where everybody was."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.bodies import Layer, Stack, make, points
+from support.ranks import run_ranks
+
+import torch_mics as mics
+
+WORLD = 4
+TIMEOUT = 6.0  # of the process group, seconds
+LIMIT = TIMEOUT + 2.0
+
+SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import test_lost_ranks
+test_lost_ranks.run(int(sys.argv[2]), sys.argv[3], sys.argv[4])
+"""
+
+
+def step(model: Any, rank: int, number: int) -> None:
+    model(points(rank, number)).square().mean().backward()
+
+
+def run(rank: int, path: str, what: str) -> None:
+    """One rank of a training in which rank 1 goes wrong after the second step."""
+    torch.set_num_threads(1)
+    os.environ["MICS_NODE_ID"] = str(rank // 2)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{path}/store",
+        rank=rank,
+        world_size=WORLD,
+        timeout=datetime.timedelta(seconds=TIMEOUT),
+    )
+    model = make(Stack)
+    mics.shard_model(model, units={Layer}, shard_size=4)
+    for number in range(2):
+        step(model, rank, number)
+    dist.barrier()
+    Path(path, f"ready{rank}").touch()
+    if rank == 1:
+        if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if what == "sleep":
+            time.sleep(2.5 * LIMIT)
+            return
+    start = time.monotonic()
+    try:
+        step(model, rank, 2)
+    except Exception as error:
+        Path(path, f"error{rank}").write_text(f"{time.monotonic() - start}\n{error}")
+        os._exit(3)
+
+
+def launch(tmp_path: Path, what: str) -> dict[int, tuple[float, str]]:
+    """Seconds until the error and its text, of every rank that ended with one."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    here = str(Path(__file__).parent)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, here, str(rank), str(tmp_path), what],
+            env=environment,
+            cwd=here,
+        )
+        for rank in range(WORLD)
+    ]
+    try:
+        for rank in (0, 2, 3):
+            ranks[rank].wait(timeout=120)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    found = {}
+    for rank in range(WORLD):
+        file = tmp_path / f"error{rank}"
+        if file.exists():
+            seconds, _, text = file.read_text().partition("\n")
+            found[rank] = (float(seconds), text)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("kill", "world_rank 1: no answer; it has ended or is stopped"),
+        ("stop", "world_rank 1: no answer; it has ended or is stopped"),
+        ("sleep", "finished, none issued, behind (others have issued "),
+    ],
+)
+def test_other_ranks_end_and_say_where_everybody_was(tmp_path: Path, what: str, said: str):
+    errors = launch(tmp_path, what)
+    assert sorted(errors) == [0, 2, 3]
+    for seconds, text in errors.values():
+        assert seconds < LIMIT + 2.0  # the machine may be busy
+        assert "gather/" in text
+        assert "What each rank was doing" in text
+        assert 'of unit "' in text
+        line = next(row for row in text.splitlines() if row.startswith("  world_rank 1"))
+        assert said in line
+
+
+def _log(rank: int) -> list[dict[str, Any]]:
+    model = make(Stack)
+    mics.shard_model(model, units={Layer}, shard_size=4)
+    assert mics.flight_log(model) == []
+    step(model, rank, 0)
+    return mics.flight_log(model)
+
+
+def test_flight_log_lists_the_collectives_of_a_step():
+    logs = run_ranks(WORLD, _log, ranks_per_node=2)
+    for rank, log in enumerate(logs):
+        rails = [entry for entry in log if entry["group"].startswith("gather/rail")]
+        assert rails[0]["group"] == f"gather/rail [{rank % 2} {rank % 2 + 2}]"
+        assert [entry["number"] for entry in rails] == list(range(1, len(rails) + 1))
+        assert {entry["unit"] for entry in rails} == {"Stack", "layers.0", "layers.1", "layers.2"}
+        assert all(entry["op"] == "all_gather" and entry["nbytes"] > 0 for entry in rails)
+        finished = [entry for entry in log if entry["state"] == "finished"]
+        assert len(finished) >= len(log) - 1  # the flags' sum may be under way
+        assert all(entry["seconds"] >= 0 for entry in finished)
+    orders = [[(e["op"], e["unit"]) for e in log if "gather" in e["group"]] for log in logs]
+    assert all(order == orders[0] for order in orders)
