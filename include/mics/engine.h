@@ -139,6 +139,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   MemoryKey memory_key_;
   // Of control_'s all-reduce of flags.
   at::Tensor flags_;
+  const std::unique_ptr<Event> flags_written_;
   std::unique_ptr<Event> flags_summed_;
   std::vector<std::vector<int>> forward_prefetch_;   // per unit
   std::vector<std::vector<int>> backward_prefetch_;  // per unit

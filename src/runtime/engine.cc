@@ -36,6 +36,7 @@ Engine::Engine(std::vector<std::shared_ptr<Unit>> units, Communicator* control,
       schedule_(static_cast<int>(units_.size())),
       gathers_(units_, *streams_),
       reduces_(units_, depths_, *streams_),
+      flags_written_(streams_->compute->make_event()),
       flags_summed_(streams_->replicate->make_event()),
       forward_prefetch_(units_.size()),
       backward_prefetch_(units_.size()),
@@ -367,11 +368,15 @@ std::vector<bool> Engine::sum_flags(const std::vector<int>& finished, int64_t nu
   at::Tensor on_host = device.is_cpu() ? flags_ : at::empty({num_flags}, at::kLong);
   std::copy(used.begin(), used.end(), on_host.mutable_data_ptr<int64_t>());
   if (!device.is_cpu()) flags_.copy_(on_host);
+  streams_->compute->note_write(flags_);
+  streams_->compute->record(*flags_written_);
+  streams_->replicate->wait(*flags_written_);
   control_->all_reduce(flags_, *streams_->replicate);
   streams_->replicate->record(*flags_summed_);
   // Used here is used somewhere: nothing to wait for.
   if (std::find(used.begin(), used.end(), false) == used.end()) return used;
   streams_->compute->wait(*flags_summed_);
+  streams_->compute->note_read(flags_);
   on_host = flags_.to(at::kCPU);
   const auto* flag = on_host.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < num_flags; ++i) used[static_cast<size_t>(i)] = flag[i] > 0;

@@ -6,6 +6,7 @@
 
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "mics/engine.h"
@@ -38,6 +39,10 @@ class Model {
  public:
   Model(LocalWorld& world, const World& shape, int rank,
         const ResidencySettings& residency = ResidencySettings(), const Depths& depths = Depths())
+      : Model(communicators_of(world), make_worker_streams(), shape, rank, kNumLayers, residency,
+              depths) {}
+  Model(const MakeCommunicator& make, std::shared_ptr<RuntimeStreams> streams, const World& shape,
+        int rank, int num_layers, const ResidencySettings& residency, const Depths& depths)
       : rank_(rank) {
     const int p = shape.partition_size;
     const int group = rank / p;
@@ -53,19 +58,19 @@ class Model {
     const bool spans = p > shape.ranks_per_node;
     const std::string name = "group" + std::to_string(group);
     const int nodes = spans ? p / shape.ranks_per_node : 1;
-    gather_ = std::make_unique<LocalHops>(world, nodes, p / nodes, shape.hierarchical && spans,
+    gather_ = std::make_unique<LocalHops>(make, nodes, p / nodes, shape.hierarchical && spans,
                                           rank % p, name + "/gather");
-    reduce_ = std::make_unique<LocalHops>(world, nodes, p / nodes, shape.hierarchical && spans,
+    reduce_ = std::make_unique<LocalHops>(make, nodes, p / nodes, shape.hierarchical && spans,
                                           rank % p, name + "/reduce");
-    replicate_ = world.make_communicator(replicas);
-    control_ = world.make_communicator(everyone);
+    replicate_ = make(replicas);
+    control_ = make(everyone);
     std::vector<std::shared_ptr<Unit>> units;
-    for (int layer = 0; layer < kNumLayers; ++layer) units.push_back(make_unit(layer, p, rank % p));
+    for (int layer = 0; layer < num_layers; ++layer) units.push_back(make_unit(layer, p, rank % p));
     for (const auto& unit : units) {
       unit->settings().gradient_factor = 1.0 / shape.size();
       unit->settings().residency = residency;
     }
-    engine_ = Engine::create(units, control_.get(), make_worker_streams(), depths);
+    engine_ = Engine::create(units, control_.get(), std::move(streams), depths);
   }
 
   // The layers one after the other, none inside another.

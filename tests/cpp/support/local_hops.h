@@ -1,6 +1,7 @@
 // The communicators of one partition group of N nodes x L ranks on the local backend, for one rank.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -10,12 +11,22 @@
 
 namespace mics::testing {
 
+using MakeCommunicator = std::function<std::unique_ptr<Communicator>(GroupInfo)>;
+
+inline MakeCommunicator communicators_of(LocalWorld& world) {
+  return [&world](GroupInfo group) { return world.make_communicator(std::move(group)); };
+}
+
 // Ranks of node m are m * L .. m * L + L - 1. `hierarchical`: rail and intra, else one group of N *
 // L.
 class LocalHops {
  public:
   LocalHops(LocalWorld& world, int num_nodes, int ranks_per_node, bool hierarchical, int rank,
-            const std::string& direction) {
+            const std::string& direction)
+      : LocalHops(communicators_of(world), num_nodes, ranks_per_node, hierarchical, rank,
+                  direction) {}
+  LocalHops(const MakeCommunicator& make, int num_nodes, int ranks_per_node, bool hierarchical,
+            int rank, const std::string& direction) {
     const int node = rank / ranks_per_node;
     const int local = rank % ranks_per_node;
     GroupInfo intra{direction + "/intra", {}, {}, hierarchical ? local : rank};
@@ -29,8 +40,8 @@ class LocalHops {
         intra.nodes.push_back(m);
       }
     }
-    intra_ = world.make_communicator(intra);
-    if (hierarchical && num_nodes > 1) rail_ = world.make_communicator(rail);
+    intra_ = make(intra);
+    if (hierarchical && num_nodes > 1) rail_ = make(rail);
   }
 
   [[nodiscard]] HopCommunicators hops() const { return {rail_.get(), intra_.get()}; }

@@ -1,0 +1,233 @@
+// The runtime orders everything that conflicts, by events alone: proven on recorded schedules, and
+// the proof is shown to notice every edge that is missing.
+#include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
+#include <gtest/gtest.h>
+
+#include <set>
+
+#include "support/chain_model.h"
+#include "support/schedule_recorder.h"
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define MICS_STRIDE 16  // of the sweep: one thread and no raw memory, so little for a sanitizer
+#else
+#define MICS_STRIDE 1
+#endif
+
+namespace mics {
+namespace {
+
+using testing::check_order;
+using testing::kStreamNames;
+using testing::Model;
+using testing::ScheduleEntry;
+using testing::ScheduleRecorder;
+using testing::World;
+
+struct Case {
+  World world;
+  int num_layers;
+  int num_microsteps;
+  ResidencySettings residency;
+  Depths depths;
+  [[nodiscard]] std::string describe() const {
+    std::ostringstream text;
+    text << world.num_nodes << " nodes x " << world.ranks_per_node << ", p " << world.partition_size
+         << (world.hierarchical ? " hierarchical" : " flat") << ", layers " << num_layers << ", s "
+         << num_microsteps << ", residency " << static_cast<int>(residency.after_forward)
+         << static_cast<int>(residency.between_microsteps)
+         << static_cast<int>(residency.gradient_accumulation) << ", depths " << depths.intra
+         << depths.rail << depths.reductions;
+    return text.str();
+  }
+};
+
+// Two training steps of one rank; the optimizer, between them, writes shards and reads gradients.
+void train(const Case& what, int rank, ScheduleRecorder& recorder) {
+  const std::shared_ptr<RuntimeStreams> streams = recorder.make_streams();
+  Model model([&](GroupInfo group) { return recorder.make_communicator(std::move(group)); },
+              streams, what.world, rank, what.num_layers, what.residency, what.depths);
+  std::vector<int> inner;
+  for (int layer = 1; layer < what.num_layers; ++layer) inner.push_back(layer);
+  for (int step = 0; step < 2; ++step) {
+    for (int microstep = 0; microstep < what.num_microsteps; ++microstep) {
+      for (int layer = 0; layer < what.num_layers; ++layer) {
+        model.engine().unit(layer).settings().synchronize_gradients =
+            microstep == what.num_microsteps - 1;
+      }
+      model.forward_nested(testing::batch(rank, microstep), inner).sum().backward();
+    }
+    for (int layer = 0; layer < what.num_layers; ++layer) {
+      const at::Tensor& sharded = model.sharded(layer);
+      if (sharded.grad().defined()) streams->compute->note_read(sharded.grad());
+      const c10::InferenceMode no_inference(false);
+      const c10::NoGradGuard no_grad;
+      sharded.mul_(0.5);
+      streams->compute->note_write(sharded);
+      sharded.mutable_grad().reset();
+    }
+  }
+}
+
+std::vector<World> worlds() {
+  std::vector<World> found;
+  for (const auto& [nodes, per_node] :
+       {std::pair{1, 1}, {1, 2}, {1, 4}, {2, 1}, {2, 2}, {2, 3}, {2, 4}, {3, 2}, {4, 1}, {4, 2}}) {
+    for (int p = 1; p <= nodes * per_node; ++p) {
+      if (nodes * per_node % p != 0) continue;
+      if (per_node % p != 0 && p % per_node != 0) continue;
+      found.push_back({nodes, per_node, p, false});
+      if (p > per_node && per_node > 1) found.push_back({nodes, per_node, p, true});
+    }
+  }
+  return found;
+}
+
+std::vector<ResidencySettings> residencies(const World& world) {
+  using enum Residency;
+  std::vector<ResidencySettings> found = {
+      {kShard, kShard, kShard}, {kFull, kShard, kShard}, {kFull, kFull, kShard}};
+  if (world.hierarchical) {
+    found.push_back({kBlock, kShard, kShard});
+    found.push_back({kBlock, kBlock, kShard});
+    found.push_back({kBlock, kBlock, kBlock});
+    found.push_back({kShard, kShard, kBlock});
+    found.push_back({kFull, kFull, kBlock});
+  }
+  return found;
+}
+
+std::vector<Case> sweep() {
+  std::vector<Case> found;
+  for (const World& world : worlds()) {
+    for (const ResidencySettings& residency : residencies(world)) {
+      for (const int num_layers : {1, 2, 5}) {
+        for (const int num_microsteps : {1, 3}) {
+          for (const Depths& depths : {Depths{1, 2, 2}, Depths{0, 0, 1}, Depths{2, 3, 3}}) {
+            found.push_back({world, num_layers, num_microsteps, residency, depths});
+          }
+        }
+      }
+    }
+  }
+  return found;
+}
+
+// Operations by group, without the group's number and members: those of another rank must be the
+// same.
+std::vector<std::string> operations(const FlightLog& log) {
+  std::map<std::string, std::string> by_group;
+  for (const LoggedOperation& operation : log.operations()) {
+    const std::string name = operation.group.substr(0, operation.group.find(" ["));
+    const size_t direction = name.find('/');
+    by_group[direction == std::string::npos ? name : name.substr(direction)] +=
+        operation.op + " " + operation.unit + " " + std::to_string(operation.nbytes) + "\n";
+  }
+  std::vector<std::string> found;
+  for (const auto& [group, text] : by_group) found.push_back(group + "\n" + text);
+  return found;
+}
+
+TEST(ScheduleChecker, EverythingThatConflictsIsOrderedOnEveryShape) {
+  const std::vector<Case> cases = sweep();
+  ASSERT_GE(cases.size(), 2000u);
+  for (size_t i = 0; i < cases.size(); i += MICS_STRIDE) {
+    ScheduleRecorder first;
+    train(cases[i], 0, first);
+    ASSERT_EQ(check_order(first.entries()), "") << cases[i].describe();
+    const int last = cases[i].world.size() - 1;
+    if (last == 0) continue;
+    ScheduleRecorder other;
+    train(cases[i], last, other);
+    ASSERT_EQ(operations(first.log()), operations(other.log())) << cases[i].describe();
+  }
+}
+
+// Leaves out one wait after the other. Each is noticed, or another path of events orders the same:
+// then it is one of the few kinds of which that is known.
+TEST(ScheduleChecker, MissingWaitIsNoticed) {
+  using enum Residency;
+  std::map<std::string, std::pair<int, int>> noticed;  // of all waits of a kind
+  const std::vector<Case> cases = {
+      {{2, 2, 4, true}, 5, 3, {kShard, kShard, kShard}, {}},
+      {{2, 2, 4, true}, 5, 3, {kBlock, kBlock, kBlock}, {}},
+      {{2, 2, 4, true}, 5, 3, {kShard, kShard, kBlock}, {2, 3, 1}},
+      {{2, 2, 4, false}, 5, 2, {kShard, kShard, kShard}, {}},
+      {{4, 2, 4, true}, 5, 2, {kFull, kShard, kShard}, {}},
+      {{2, 2, 2, false}, 5, 2, {kShard, kShard, kShard}, {0, 0, 1}},
+  };
+  for (const Case& what : cases) {
+    ScheduleRecorder recorder;
+    train(what, 0, recorder);
+    const std::vector<ScheduleEntry>& entries = recorder.entries();
+    ASSERT_EQ(check_order(entries), "") << what.describe();
+    for (size_t i = 0; i < entries.size(); ++i) {
+      const ScheduleEntry& entry = entries[i];
+      if (entry.kind != ScheduleEntry::Kind::kWait || entry.event_stream < 0) continue;
+      if (entry.event_stream == entry.stream) continue;  // the stream's own order
+      auto& [found, all] = noticed[std::string(kStreamNames[entry.stream]) + " waits for " +
+                                   kStreamNames[entry.event_stream]];
+      ++all;
+      if (!check_order(entries, static_cast<int>(i)).empty()) ++found;
+    }
+  }
+  const std::set<std::string> kinds = {
+      "compute waits for gather_intra",     "compute waits for replicate",
+      "compute waits for reduce_intra",     "gather_rail waits for compute",
+      "gather_intra waits for compute",     "gather_rail waits for gather_intra",
+      "gather_intra waits for gather_rail", "reduce_intra waits for compute",
+      "reduce_rail waits for reduce_intra", "replicate waits for reduce_rail",
+      "replicate waits for reduce_intra",
+  };
+  for (const auto& [kind, counts] : noticed) {
+    std::cout << kind << ": " << counts.first << " of " << counts.second << " matter\n";
+    if (kinds.count(kind) == 0) continue;
+    EXPECT_GT(counts.first, 0) << kind;
+  }
+  for (const std::string& kind : kinds) EXPECT_EQ(noticed.count(kind), 1u) << kind;
+}
+
+// Of two ranks, one issues two operations of a communicator the other way round.
+TEST(ScheduleChecker, SwappedLaunchesAreNoticed) {
+  const Case what = {{2, 2, 4, true}, 5, 2, {}, {}};
+  ScheduleRecorder recorder;
+  train(what, 0, recorder);
+  const std::vector<LoggedOperation> logged = recorder.log().operations();
+  int num_swaps = 0;
+  for (size_t i = 0; i < logged.size(); ++i) {
+    size_t next = i + 1;
+    while (next < logged.size() && logged[next].group != logged[i].group) ++next;
+    if (next == logged.size() || logged[next].unit == logged[i].unit) continue;
+    FlightLog swapped(logged.size());
+    for (size_t k = 0; k < logged.size(); ++k) {
+      const LoggedOperation& from = logged[k == i ? next : (k == next ? i : k)];
+      (void)swapped.issue(from.group, from.op, from.unit, from.nbytes);
+    }
+    ++num_swaps;
+    EXPECT_NE(operations(swapped), operations(recorder.log()));
+  }
+  EXPECT_GT(num_swaps, 50);
+}
+
+TEST(ScheduleChecker, OrderIsByEventsAlone) {
+  using Kind = ScheduleEntry::Kind;
+  const char bytes[8] = {};
+  const auto access = [&](Kind kind, int stream, int first, int last) {
+    return ScheduleEntry{kind, stream, bytes + first, bytes + last};
+  };
+  const ScheduleEntry record{Kind::kRecord, 0, nullptr, nullptr, 0, 0};
+  const ScheduleEntry wait{Kind::kWait, 1, nullptr, nullptr, 0, 0};
+  const ScheduleEntry write = access(Kind::kWrite, 0, 0, 4);
+  EXPECT_EQ(check_order({write, record, wait, access(Kind::kRead, 1, 2, 6)}), "");
+  EXPECT_NE(check_order({write, access(Kind::kRead, 1, 2, 6)}), "");
+  EXPECT_NE(check_order({write, record, access(Kind::kRead, 1, 2, 6), wait}), "");
+  EXPECT_NE(check_order({record, write, wait, access(Kind::kRead, 1, 2, 6)}), "");
+  EXPECT_EQ(check_order({write, access(Kind::kRead, 1, 4, 6)}), "");
+  EXPECT_NE(check_order({access(Kind::kRead, 1, 0, 4), write}), "");
+  EXPECT_EQ(check_order({access(Kind::kRead, 1, 0, 4), access(Kind::kRead, 0, 0, 4)}), "");
+}
+
+}  // namespace
+}  // namespace mics
