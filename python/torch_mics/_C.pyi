@@ -353,6 +353,19 @@ def make_c10d_communicator(
     rank: int,
     timeout: datetime.timedelta,
 ) -> Communicator: ...
+def make_shm_communicator(
+    segment: str,
+    *,
+    creates: bool,
+    name: str,
+    world_ranks: Sequence[int],
+    nodes: Sequence[int],
+    rank: int,
+    timeout: datetime.timedelta,
+) -> Communicator: ...
+def make_shm_segment_name() -> str: ...
+def remove_stale_shm_segments() -> int: ...
+def shm_host_identity() -> str: ...
 
 class ParameterExchange:
     def __init__(self) -> None: ...

@@ -14,7 +14,13 @@ from torch_mics._groups import init_mesh  # noqa: E402
 from torch_mics._materialize import materialize  # noqa: E402
 from torch_mics._module import MiCSModule, UnshardHandle  # noqa: E402
 from torch_mics._shard_model import shard_model  # noqa: E402
-from torch_mics._training import clip_grad_norm_, memory, microbatch, traffic  # noqa: E402
+from torch_mics._training import (  # noqa: E402
+    backends,
+    clip_grad_norm_,
+    memory,
+    microbatch,
+    traffic,
+)
 from torch_mics._unsharded import unsharded  # noqa: E402
 from torch_mics._version import __version__  # noqa: E402
 from torch_mics.planner import Plan, load_calibration, plan, predicted_bytes  # noqa: E402
@@ -29,6 +35,7 @@ __all__ = [
     "TimeoutError",
     "UnshardHandle",
     "__version__",
+    "backends",
     "checkpoint",
     "clip_grad_norm_",
     "full_state_dict",

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torch_mics import _C
 from torch_mics._exchange import check_same, exchange
+from torch_mics._shm_groups import IntraBackend, ShmGroups, resolve_intra_backend
 
 ShardSize = int | Literal["node", "world"]
 HierarchicalGather = bool | Literal["auto"]
@@ -124,6 +125,7 @@ def init_mesh(
     *,
     device_type: str | None = None,
     gpus_per_node: int | None = None,
+    intra_backend: IntraBackend = "auto",
 ) -> DeviceMesh:
     """Makes the 2-D mesh ("dp_replicate", "dp_shard") of partition and replication groups.
 
@@ -136,20 +138,27 @@ def init_mesh(
             multiple of them.
         device_type: "cuda" or "cpu"; by default "cuda" where there is one.
         gpus_per_node: ranks per node, instead of what the hosts say.
+        intra_backend: what carries collectives inside a node. "shm": shared memory, for tensors on the
+            CPU; "c10d": torch's process groups; "auto": shared memory where all members of the groups
+            can share it. The environment variable MICS_INTRA_BACKEND comes first.
 
     Raises:
         ValueError: on every rank; the message lists the legal sizes, or the map of ranks to nodes.
         RuntimeError: torch.distributed is not initialised.
     """
     ensure_process_group()
-    check_same("the arguments of init_mesh", {"shard_size": shard_size, "device": device_type})
+    intra_backend = resolve_intra_backend(intra_backend)
+    check_same(
+        "the arguments of init_mesh",
+        {"shard_size": shard_size, "device": device_type, "intra_backend": intra_backend},
+    )
     nodes = _find_nodes(gpus_per_node)
     topology = _C.Topology(
         node_of_rank=nodes, partition_size=_resolve_shard_size(shard_size, nodes)
     )
     shape = (topology.replication_size, topology.partition_size)
     mesh = init_device_mesh(device_type or _default_device_type(), shape, mesh_dim_names=_MESH_DIMS)
-    _attach_groups(mesh, nodes)
+    _attach_groups(mesh, nodes, intra_backend)
     return mesh
 
 
@@ -186,10 +195,13 @@ class Groups:
         topology: the groups as the C++ core computes them.
     """
 
-    def __init__(self, mesh: DeviceMesh, nodes: list[str]) -> None:
+    def __init__(self, mesh: DeviceMesh, nodes: list[str], intra_backend: IntraBackend) -> None:
         self.mesh = mesh
         self._nodes = nodes
         self.topology = _C.Topology(node_of_rank=nodes, partition_size=mesh.size(mesh.ndim - 1))
+        self.shm = ShmGroups(intra_backend, mesh.device_type, self.topology)
+        self.backends: dict[str, str] = {}  # by communicator name, what carries it and why
+        self._on_shm: dict[str, _C.Communicator] = {}  # made, and not yet taken by _make()
 
     def variant(self, hierarchical: HierarchicalGather) -> _C.Variant:
         """Chooses between flat and hierarchical; "auto" is hierarchical where a group spans nodes.
@@ -213,6 +225,15 @@ class Groups:
         replicas = topology.replication_group(rank)
         intra_groups = topology.intra_groups(variant)
         rail_groups = topology.rail_groups(variant)
+        self._use_shm(
+            {
+                "gather/rail": rail_groups,
+                "gather/intra": intra_groups,
+                "reduce/rail": rail_groups,
+                "reduce/intra": intra_groups,
+                "replicate": topology.replication_groups(),
+            }
+        )
         return Communicators(
             gather_rail=self._make("gather/rail", rail, rail_groups) if len(rail) > 1 else None,
             gather_intra=self._make("gather/intra", intra, intra_groups),
@@ -226,14 +247,24 @@ class Groups:
     def control(self) -> _C.Communicator | None:
         """Makes the communicator of all ranks, for small agreements; None in a world of one."""
         world = list(range(self.topology.world_size))
+        self._use_shm({"control": [world]})
         return self._make("control", world, [world]) if len(world) > 1 else None
+
+    def _use_shm(self, roles: dict[str, list[list[int]]]) -> None:
+        """Makes those communicators that can use shared memory, for _make(). Collective."""
+        several = {role: groups for role, groups in roles.items() if len(groups[0]) > 1}
+        self._on_shm.update(self.shm.make(several))
 
     def _make(self, name: str, ranks: list[int], groups: list[list[int]]) -> _C.Communicator:
         nodes = [self.topology.node_of(rank) for rank in ranks]
         index = ranks.index(dist.get_rank())
         if len(ranks) == 1:
+            self.backends[name] = "local (a group of one)"
             world = _C.LocalWorld(self.topology.world_size, timeout=_OPERATION_TIMEOUT)
             return world.make_communicator(name=name, world_ranks=ranks, nodes=nodes, rank=index)
+        self.backends[name] = self.shm.describe(name)
+        if name in self._on_shm:
+            return self._on_shm.pop(name)
         return _C.make_c10d_communicator(
             self._process_group(name, ranks, groups),
             name=name,
@@ -273,8 +304,8 @@ class Groups:
         return found
 
 
-def _attach_groups(mesh: DeviceMesh, nodes: list[str]) -> Groups:
-    groups = Groups(mesh, nodes)
+def _attach_groups(mesh: DeviceMesh, nodes: list[str], intra_backend: IntraBackend) -> Groups:
+    groups = Groups(mesh, nodes, intra_backend)
     # Kept on the mesh, so that it lives exactly as long and every unit on the mesh finds it.
     mesh._mics_groups = groups  # type: ignore[attr-defined]
     return groups
@@ -301,4 +332,6 @@ def groups_of(mesh: DeviceMesh) -> Groups:
             f"the mesh must hold all ranks in natural order: got {ranks} in a world of {world_size}. "
             "Use torch_mics.init_mesh(shard_size)."
         )
-    return _attach_groups(mesh, exchange("nodes", host_identity()))
+    intra_backend = resolve_intra_backend("auto")
+    check_same("MICS_INTRA_BACKEND", intra_backend)
+    return _attach_groups(mesh, exchange("nodes", host_identity()), intra_backend)
