@@ -32,14 +32,15 @@ _default_meshes: weakref.WeakKeyDictionary[object, dict[ShardSize, DeviceMesh]] 
 class _Shared:
     """What the models of one torch.distributed session share, so that they use it in one order.
 
-    Nothing here keeps it alive: process groups live until torch.distributed ends, streams as long as
-    a model that uses them.
+    Nothing here keeps it alive: process groups live until torch.distributed ends, streams and shared
+    memory as long as a model that uses them.
     """
 
     def __init__(self) -> None:
         self.process_groups: weakref.WeakValueDictionary[str, dist.ProcessGroup] = (
             weakref.WeakValueDictionary()
         )
+        self.shm: weakref.WeakValueDictionary[str, _C.ShmGroup] = weakref.WeakValueDictionary()
         self.streams: weakref.WeakValueDictionary[bool, _C.RuntimeStreams] = (
             weakref.WeakValueDictionary()
         )
@@ -200,8 +201,8 @@ class Groups:
         self._nodes = nodes
         self.topology = _C.Topology(node_of_rank=nodes, partition_size=mesh.size(mesh.ndim - 1))
         self.shm = ShmGroups(intra_backend, mesh.device_type, self.topology)
-        self.backends: dict[str, str] = {}  # by communicator name, what carries it and why
-        self._on_shm: dict[str, _C.Communicator] = {}  # made, and not yet taken by _make()
+        # What carries a communicator, and why.
+        self.backends: weakref.WeakKeyDictionary[_C.Communicator, str] = weakref.WeakKeyDictionary()
 
     def variant(self, hierarchical: HierarchicalGather) -> _C.Variant:
         """Chooses between flat and hierarchical; "auto" is hierarchical where a group spans nodes.
@@ -219,58 +220,64 @@ class Groups:
 
     def communicators(self, variant: _C.Variant) -> Communicators:
         """Makes the communicators of one root module. Collective when groups are new."""
-        topology, rank = self.topology, dist.get_rank()
-        intra = topology.intra_group(rank, variant)
-        rail = topology.rail_group(rank, variant)
-        replicas = topology.replication_group(rank)
-        intra_groups = topology.intra_groups(variant)
-        rail_groups = topology.rail_groups(variant)
-        self._use_shm(
+        topology = self.topology
+        intra, rail = topology.intra_groups(variant), topology.rail_groups(variant)
+        made = self._make(
             {
-                "gather/rail": rail_groups,
-                "gather/intra": intra_groups,
-                "reduce/rail": rail_groups,
-                "reduce/intra": intra_groups,
+                "gather/rail": rail,
+                "gather/intra": intra,
+                "reduce/rail": rail,
+                "reduce/intra": intra,
                 "replicate": topology.replication_groups(),
             }
         )
         return Communicators(
-            gather_rail=self._make("gather/rail", rail, rail_groups) if len(rail) > 1 else None,
-            gather_intra=self._make("gather/intra", intra, intra_groups),
-            reduce_rail=self._make("reduce/rail", rail, rail_groups) if len(rail) > 1 else None,
-            reduce_intra=self._make("reduce/intra", intra, intra_groups),
-            replicate=self._make("replicate", replicas, topology.replication_groups())
-            if len(replicas) > 1
-            else None,
+            gather_rail=made.get("gather/rail"),
+            gather_intra=made["gather/intra"],
+            reduce_rail=made.get("reduce/rail"),
+            reduce_intra=made["reduce/intra"],
+            replicate=made.get("replicate"),
         )
 
     def control(self) -> _C.Communicator | None:
         """Makes the communicator of all ranks, for small agreements; None in a world of one."""
-        world = list(range(self.topology.world_size))
-        self._use_shm({"control": [world]})
-        return self._make("control", world, [world]) if len(world) > 1 else None
+        return self._make({"control": [list(range(self.topology.world_size))]}).get("control")
 
-    def _use_shm(self, roles: dict[str, list[list[int]]]) -> None:
-        """Makes those communicators that can use shared memory, for _make(). Collective."""
+    def _make(self, roles: dict[str, list[list[int]]]) -> dict[str, _C.Communicator]:
+        """Makes this rank's communicator of every role; groups of one only inside a node. Collective.
+
+        Args:
+            roles: by name of the communicator, all groups of the world; all of one size.
+        """
         several = {role: groups for role, groups in roles.items() if len(groups[0]) > 1}
-        self._on_shm.update(self.shm.make(several))
+        made, reasons = self.shm.make(several, _shared().shm)
+        carried = dict.fromkeys(made, "shm")
+        for role, groups in roles.items():
+            if role in several and role not in made:
+                made[role] = self._over_process_group(role, groups)
+                carried[role] = f"c10d ({reasons[role]})"
+            elif role not in several and role.endswith("/intra"):
+                made[role] = self._alone(role)
+                carried[role] = "local (a group of one)"
+        for role, communicator in made.items():
+            self.backends[communicator] = carried[role]
+        return made
 
-    def _make(self, name: str, ranks: list[int], groups: list[list[int]]) -> _C.Communicator:
-        nodes = [self.topology.node_of(rank) for rank in ranks]
-        index = ranks.index(dist.get_rank())
-        if len(ranks) == 1:
-            self.backends[name] = "local (a group of one)"
-            world = _C.LocalWorld(self.topology.world_size, timeout=_OPERATION_TIMEOUT)
-            return world.make_communicator(name=name, world_ranks=ranks, nodes=nodes, rank=index)
-        self.backends[name] = self.shm.describe(name)
-        if name in self._on_shm:
-            return self._on_shm.pop(name)
+    def _alone(self, name: str) -> _C.Communicator:
+        rank = dist.get_rank()
+        world = _C.LocalWorld(self.topology.world_size, timeout=_OPERATION_TIMEOUT)
+        return world.make_communicator(
+            name=name, world_ranks=[rank], nodes=[self.topology.node_of(rank)], rank=0
+        )
+
+    def _over_process_group(self, name: str, groups: list[list[int]]) -> _C.Communicator:
+        ranks = next(group for group in groups if dist.get_rank() in group)
         return _C.make_c10d_communicator(
             self._process_group(name, ranks, groups),
             name=name,
             world_ranks=ranks,
-            nodes=nodes,
-            rank=index,
+            nodes=[self.topology.node_of(rank) for rank in ranks],
+            rank=ranks.index(dist.get_rank()),
             timeout=_OPERATION_TIMEOUT,
         )
 

@@ -161,4 +161,4 @@ def backends(model: nn.Module) -> dict[str, str]:
     Names as in traffic(). Empty before the first forward.
     """
     unit: ShardedUnit = check_sharded(model, "backends")._unit
-    return {} if unit.context is None else dict(unit.context.root_unit.groups.backends)
+    return {} if unit.context is None else unit.context.backends()

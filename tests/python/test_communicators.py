@@ -151,7 +151,7 @@ def shm_subgroups(rank: int, world_size: int, names: list[str]) -> int:
     num_cases = 0
     for size in range(2, world_size + 1):
         if rank < size:
-            comm = _C.make_shm_communicator(
+            group = _C.ShmGroup(
                 names[size],
                 creates=rank == 0,
                 name="test",
@@ -160,6 +160,7 @@ def shm_subgroups(rank: int, world_size: int, names: list[str]) -> int:
                 rank=rank,
                 timeout=TIMEOUT,
             )
+            comm = group.make_communicator()
             num_cases += check_all(comm, rank, size)
     return num_cases
 

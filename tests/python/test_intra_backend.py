@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -100,10 +102,14 @@ def _choose(rank: int, variable: str, asked: str) -> dict[str, str]:
 
 
 def first_backends(mesh: Any) -> dict[str, str]:
-    torch.manual_seed(0)
-    model = mics.shard_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), units=1, mesh=mesh)
+    model = make_model(mesh)
     model(torch.ones(1, 4)).sum().backward()
     return mics.backends(model)
+
+
+def make_model(mesh: Any) -> Any:
+    torch.manual_seed(0)
+    return mics.shard_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), units=1, mesh=mesh)
 
 
 def test_the_environment_comes_before_the_argument():
@@ -139,19 +145,94 @@ def _own_world(rank: int) -> dict[str, str]:
     return first_backends(mics.init_mesh(1, device_type="cpu"))
 
 
+# --- one segment per group, shared by the models ---------------------------------------------------
+
+
+def mapped() -> int:
+    """How many segments this process has mapped."""
+    return len(set(re.findall(r"/dev/shm/torch_mics\S+", Path("/proc/self/maps").read_text())))
+
+
+def _two_models(rank: int) -> list[Any]:
+    mesh = mics.init_mesh(2, device_type="cpu", gpus_per_node=2)
+    counts = []
+    gc.collect()  # models of other tests
+    first, second = make_model(mesh), make_model(mesh)
+    for model in (first, second, first):
+        model(torch.ones(1, 4)).sum().backward()
+        counts.append(mapped())
+    calls = [mics.traffic(model)["gather/intra"]["calls"] for model in (first, second)]
+    if rank == 0:  # the other keeps it: what one rank alone has open is not used again
+        del first, model, second
+        gc.collect()
+        counts.append(mapped())
+    third = make_model(mesh)
+    third(torch.ones(1, 4)).sum().backward()
+    if rank == 0:
+        counts.append(mapped())
+    else:
+        del first, model, second
+    gc.collect()
+    counts.append(mapped())
+    third(torch.ones(1, 4)).sum().backward()
+    del third
+    gc.collect()
+    return [counts, mapped(), calls]
+
+
+def test_models_share_a_segment_per_group_and_the_last_one_closes_it():
+    roles = 3  # gather/intra, reduce/intra, control
+    first, second = run_ranks(2, _two_models)
+    assert first == [[roles, roles, roles, 0, roles, roles], 0, [4, 2]]
+    assert second == [[roles, roles, roles, roles], 0, [4, 2]]
+
+
+def _after_a_failure(rank: int) -> dict[str, str]:
+    mesh = mics.init_mesh(2, device_type="cpu", gpus_per_node=2)
+    failed = make_model(mesh)
+    failed(torch.ones(1, 4)).sum().backward()
+    communicator = failed._mics_unit.context.control
+    with pytest.raises(mics.CommError, match="must issue the same collectives"):
+        communicator.all_reduce(torch.ones(rank + 1))
+    second = make_model(mesh)
+    second(torch.ones(1, 4)).sum().backward()
+    return mics.backends(second)
+
+
+def test_a_group_that_failed_is_not_used_by_later_models():
+    for backends in run_ranks(2, _after_a_failure):
+        assert backends == {"gather/intra": "shm", "reduce/intra": "shm", "control": "shm"}
+
+
+def _mixed(rank: int) -> dict[str, str]:
+    mesh = mics.init_mesh(4, device_type="cpu", gpus_per_node=2)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    mics.fully_shard(model[0], mesh=mesh, hierarchical_gather=False)
+    mics.fully_shard(model, mesh=mesh)
+    model(torch.ones(1, 4)).sum().backward()
+    return mics.backends(model)
+
+
+def test_flat_and_hierarchical_units_in_one_model_say_both():
+    for backends in run_ranks(4, _mixed):
+        assert set(backends["gather/intra"].split("; ")) == {"shm", SPANS}
+        assert backends["gather/rail"] == SPANS
+
+
 # --- falling back together ------------------------------------------------------------------------
 
 
 def _refused(rank: int, backend: str, refusing: int) -> dict[str, str]:
     """One rank cannot attach to, or make, any segment."""
-    made = _C.make_shm_communicator
+    made = _C.ShmGroup
 
-    def make(*args: Any, **kwargs: Any) -> _C.Communicator:
+    def make(*args: Any, **kwargs: Any) -> _C.ShmGroup:
         if rank == refusing:
             raise mics.CommError("no room in /dev/shm")
         return made(*args, **kwargs)
 
-    with mock.patch.object(_C, "make_shm_communicator", make):
+    with mock.patch.object(_C, "ShmGroup", make):
         mesh = mics.init_mesh(2, device_type="cpu", gpus_per_node=2, intra_backend=backend)
         return first_backends(mesh)
 
