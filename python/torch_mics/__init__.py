@@ -6,7 +6,7 @@ _check_import()
 
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy  # noqa: E402
 
-from torch_mics import checkpoint, optim  # noqa: E402
+from torch_mics import checkpoint, collectives, optim  # noqa: E402
 from torch_mics._C import CommError, InternalError, TimeoutError  # noqa: E402
 from torch_mics._full_state import full_state_dict, load_full_state_dict  # noqa: E402
 from torch_mics._fully_shard import fully_shard  # noqa: E402
@@ -38,6 +38,7 @@ __all__ = [
     "backends",
     "checkpoint",
     "clip_grad_norm_",
+    "collectives",
     "full_state_dict",
     "fully_shard",
     "init_mesh",
