@@ -41,6 +41,9 @@ def parse_arguments() -> argparse.Namespace:
         "--rate", type=bits_per_second, default="500mbit", help="of each node's link, each way"
     )
     parser.add_argument("--local-rate", type=bits_per_second, help="of each node's loopback")
+    parser.add_argument(
+        "--delay", type=float, default=0.0, metavar="MS", help="from one node to another"
+    )
     parser.add_argument("--timeout", type=float, metavar="S", help="for the command")
     parser.add_argument("--json", type=Path, help="write bytes, rates and gates here")
     parser.add_argument("--logs", type=Path, help="folder for the output of the ranks but 0")
@@ -63,6 +66,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments.command = arguments.command[arguments.command[:1] == ["--"] :]
     if not 1 <= arguments.nodes <= 200 or arguments.ranks_per_node < 1:
         parser.error("--nodes must be 1 to 200 and --ranks-per-node at least 1")
+    if arguments.delay < 0:
+        parser.error("--delay must not be negative")
     if not arguments.command and not arguments.check:
         parser.error("a command is needed, after --")
     return arguments
@@ -104,11 +109,13 @@ def show(links: dict[str, Counters], machine: dict[str, float], broken_gates: li
 
 def inside(arguments: argparse.Namespace) -> int:
     """What runs isolated: makes the links, probes them, runs the ranks, reports."""
-    network = Network(arguments.nodes, arguments.rate, arguments.local_rate)
+    network = Network(arguments.nodes, arguments.rate, arguments.local_rate, arguments.delay / 1e3)
     if arguments.check:
         print("an emulated cluster can run here.")
         return 0
     probed = probe(network) if arguments.nodes > 1 else []
+    if network.relay is not None:
+        network.relay.start_over()
     before = network.counters()
     watch = Watch()
     with tempfile.TemporaryDirectory() as directory:
@@ -120,7 +127,8 @@ def inside(arguments: argparse.Namespace) -> int:
     machine = watch.stop()
     links = {name: now.since(before[name]) for name, now in network.counters().items()}
     limits = Limits(cpu=arguments.max_cpu, timer_s=arguments.max_late)
-    broken_gates = broken(limits, machine, probed, arguments.rate, links)
+    relayed = None if network.relay is None else network.relay.stop()
+    broken_gates = broken(limits, machine, probed, arguments.rate, links, relayed)
     show(links, machine, broken_gates)
     if arguments.json is not None:
         report = {
@@ -128,6 +136,8 @@ def inside(arguments: argparse.Namespace) -> int:
             "ranks_per_node": arguments.ranks_per_node,
             "rate_bps": arguments.rate,
             "local_rate_bps": arguments.local_rate,
+            "delay_ms": arguments.delay,
+            "relay": relayed,
             "congestion_control": network.congestion_control(),
             "probe_Bps": probed,
             "links": {name: dataclasses.asdict(counters) for name, counters in links.items()},

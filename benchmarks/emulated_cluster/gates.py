@@ -163,6 +163,7 @@ def broken(
     probed: list[float],
     rate: int,
     links: dict[str, Counters],
+    relayed: dict[str, object] | None,
 ) -> list[str]:
     """Lists what makes the times of a run worthless, in words; the bytes stay true."""
     found = []
@@ -183,4 +184,6 @@ def broken(
     for name, counters in links.items():
         if counters.dropped:
             found.append(f"{name} dropped {counters.dropped} packets: none")
+    if relayed is not None and relayed["dropped"]:
+        found.append(f"the relay dropped {relayed['dropped']} frames: none")
     return found

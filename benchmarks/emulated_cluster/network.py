@@ -1,8 +1,8 @@
 """Nodes joined by a bridge, each link shaped both ways, and what went over each link.
 
-    node 0: e0 ---- p0 \
-    node 1: e1 ...      bridge, in the namespace of the cluster itself
-    node n: e0 ---- pn /
+    node 0: e0 ---- p0
+    node 1: e0 ---- p1    a bridge in the namespace of the cluster itself, or the relay (delayed.py)
+    node n: e0 ---- pn
 
 The shaper of e0 limits what a node sends, that of its port p what it receives. Ranks of one node reach
 each other over its loopback, which may have a rate of its own.
@@ -16,6 +16,7 @@ import json
 import subprocess
 from pathlib import Path
 
+from delayed import Relay, open_tap
 from isolation import NotPermitted, Place
 
 MTU = 9000
@@ -67,43 +68,61 @@ def tool(*command: str) -> str:
 class Network:
     """Links of `num_nodes` nodes, inside the namespace of the caller, who must be isolated."""
 
-    def __init__(self, num_nodes: int, rate: int, local_rate: int | None = None) -> None:
+    def __init__(
+        self, num_nodes: int, rate: int, local_rate: int | None = None, delay_s: float = 0.0
+    ) -> None:
         """Makes them.
 
         Args:
             rate: of each node's link, each way, in bits per second.
             local_rate: of each node's loopback; None: as fast as the machine is.
+            delay_s: from one node to another.
 
         Raises:
             NotPermitted: the kernel cannot do it.
         """
         self.nodes = [Place(f"emulated-{index}") for index in range(num_nodes)]
+        self.relay: Relay | None = None
         tool("ip", "link", "set", "lo", "up")
+        gso = ("mtu", str(MTU), "gso_max_size", "17800" if rate <= FAST_BPS else "35600")
+        if delay_s > 0:
+            taps = []
+            for node in self.nodes:
+                with node.entered():
+                    taps.append(open_tap("e0"))
+            self.relay = Relay(taps, delay_s, rate)
+        else:
+            self._join(gso, rate)
+        for index, node in enumerate(self.nodes):
+            with node.entered():
+                self._set_up(index, gso, rate, local_rate)
+
+    def _join(self, gso: tuple[str, ...], rate: int) -> None:
         bridge = ("type", "bridge", "stp_state", "0", "mcast_snooping", "0")
         tool("ip", "link", "add", "bridge", *bridge)
         tool("ip", "link", "set", "bridge", "mtu", str(MTU), "up")
-        for index in range(num_nodes):
-            self._join(index, rate, local_rate)
+        for index, node in enumerate(self.nodes):
+            port = f"p{index}"
+            tool(
+                *("ip", "link", "add", port, "type", "veth"),
+                *("peer", "name", "e0", "netns", node.path),
+            )
+            tool("ip", "link", "set", port, *gso, "master", "bridge", "up")
+            _shape(port, rate)
 
-    def _join(self, index: int, rate: int, local_rate: int | None) -> None:
-        node, port = self.nodes[index], f"p{index}"
-        tool(
-            *("ip", "link", "add", port, "type", "veth"),
-            *("peer", "name", "e0", "netns", node.path),
-        )
-        gso = ("mtu", str(MTU), "gso_max_size", "17800" if rate <= FAST_BPS else "35600")
-        tool("ip", "link", "set", port, *gso, "master", "bridge", "up")
-        _shape(port, rate)
-        with node.entered():
-            Path("/proc/sys/net/ipv6/conf/all/disable_ipv6").write_text("1")
-            tool("ip", "link", "set", "lo", "up")
-            tool("ip", "addr", "add", f"{self.address(index)}/24", "dev", "e0")
-            tool("ip", "link", "set", "e0", *gso, "up")
-            _shape("e0", rate)
-            if local_rate is not None:
-                _shape("lo", local_rate, burst="128kb", limit="4mb")
-            with contextlib.suppress(OSError):  # the host may not allow it
-                CONGESTION_CONTROL.write_text("cubic")  # more even than bbr
+    def _set_up(self, index: int, gso: tuple[str, ...], rate: int, local_rate: int | None) -> None:
+        """What is done inside a node."""
+        Path("/proc/sys/net/ipv6/conf/all/disable_ipv6").write_text("1")
+        tool("ip", "link", "set", "lo", "up")
+        tool("ip", "addr", "add", f"{self.address(index)}/24", "dev", "e0")
+        # The relay knows a node by the end of its address.
+        address = f"02:00:00:00:{index >> 8:02x}:{index & 255:02x}"
+        tool("ip", "link", "set", "e0", *gso, "address", address, "up")
+        _shape("e0", rate)
+        if local_rate is not None:
+            _shape("lo", local_rate, burst="128kb", limit="4mb")
+        with contextlib.suppress(OSError):  # the host may not allow it
+            CONGESTION_CONTROL.write_text("cubic")  # more even than bbr
 
     def address(self, node: int) -> str:
         """Gives a node's address on the bridge."""
@@ -115,7 +134,7 @@ class Network:
             return CONGESTION_CONTROL.read_text().strip()
 
     def counters(self) -> dict[str, Counters]:
-        """Reads all counters: "node 0 link", "node 0 loopback", "node 0 port"."""
+        """Reads all counters: "node 0 link", "node 0 loopback", and without a delay "node 0 port"."""
         found = {}
         ports = _read_counters()
         for index, node in enumerate(self.nodes):
@@ -123,7 +142,8 @@ class Network:
                 inside = _read_counters()
             found[f"node {index} link"] = inside["e0"]
             found[f"node {index} loopback"] = inside["lo"]
-            found[f"node {index} port"] = ports[f"p{index}"]
+            if self.relay is None:
+                found[f"node {index} port"] = ports[f"p{index}"]
         return found
 
 

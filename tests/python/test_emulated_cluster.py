@@ -26,7 +26,7 @@ def command(*arguments: str) -> list[str]:
 
 def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=170, check=False, **options
+        command(*arguments), capture_output=True, text=True, timeout=500, check=False, **options
     )
 
 
@@ -43,7 +43,7 @@ def permitted() -> None:
 def test_two_nodes_train_with_the_bytes_of_the_formulas(tmp_path: Path):
     report = tmp_path / "report.json"
     smoke = (sys.executable, str(FOLDER / "smoke.py"))
-    sizes = ("--nodes", "2", "--ranks-per-node", "2", "--rate", "500mbit", "--timeout", "150")
+    sizes = ("--nodes", "2", "--ranks-per-node", "2", "--rate", "500mbit", "--timeout", "450")
     done = run(*sizes, "--json", str(report), "--", *smoke)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all bytes and losses are as they should be." in done.stdout
@@ -106,6 +106,64 @@ def test_a_broken_gate_is_named_and_strict_refuses():
         done = run(*one, *slow, *strict, "--", "true")
         assert done.returncode == status, done.stdout + done.stderr
         assert "not valid: processors were busy" in done.stderr
+
+
+LINK = """
+import os, socket, time
+NBYTES = 4_000_000
+if os.environ["RANK"] == "1":
+    server = socket.create_server(("10.77.0.2", 5002))
+    peer, _ = server.accept()
+    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    for _ in range(20):
+        peer.sendall(peer.recv(1))
+    left = NBYTES
+    while left:
+        left -= len(peer.recv(1 << 20))
+    peer.sendall(b"x")
+    raise SystemExit
+while True:
+    try:
+        peer = socket.create_connection(("10.77.0.2", 5002), timeout=60.0)
+        break
+    except ConnectionRefusedError:
+        time.sleep(0.05)
+peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+times = []
+for _ in range(20):
+    begin = time.monotonic()
+    peer.sendall(b"x")
+    peer.recv(1)
+    times.append(time.monotonic() - begin)
+begin = time.monotonic()
+peer.sendall(bytes(NBYTES))
+peer.recv(1)
+print("measured", min(times), time.monotonic() - begin)
+"""
+
+
+@pytest.mark.usefixtures("permitted")
+@pytest.mark.parametrize("delay_ms", [0, 20])
+def test_a_link_has_its_delay_and_its_rate(delay_ms: int, tmp_path: Path):
+    report = tmp_path / "report.json"
+    done = run(
+        *("--nodes", "2", "--ranks-per-node", "1", "--rate", "100mbit", "--delay", str(delay_ms)),
+        *("--json", str(report), "--", sys.executable, "-c", LINK),
+    )
+    if done.returncode == 77:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stdout + done.stderr
+    round_trip, seconds = map(float, done.stdout.split("measured")[1].split())
+    ideal = 4_000_000 * 8 / 100e6
+    assert 2 * delay_ms / 1e3 <= round_trip < 2 * delay_ms / 1e3 + 0.02  # of the fastest of 20
+    assert seconds > 0.95 * ideal + 2 * delay_ms / 1e3
+    found = json.loads(report.read_text())
+    sent = found["links"]["node 0 link"]["sent_nbytes"]
+    assert 4e6 < sent < 5e6  # a busy machine sends some again
+    if delay_ms:
+        (_, there), (back, _) = found["relay"]["nbytes"]
+        assert there == pytest.approx(sent, rel=0.02)
+        assert 0 < back < 0.02 * there
 
 
 def interfaces() -> list[str]:
