@@ -17,6 +17,7 @@ PROBE_PORT = 5001
 WARM_UP_S, PROBE_S = 0.3, 1.0
 CHUNK_NBYTES = 1 << 18
 TICK_S = 0.01
+QUIET_S, QUIET_LIMIT_S = 0.2, 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,19 @@ def probe(network: Network) -> list[float]:
     texts = [file.read() for file in files]
     for child in children:
         os.waitpid(child, 0)
+    _wait_until_quiet(network)
     return [float(json.loads(text)) if text else 0.0 for text in texts]
+
+
+def _wait_until_quiet(network: Network) -> None:
+    """What is on its way would be counted for the run that follows."""
+    before, end = network.counters(), time.monotonic() + QUIET_LIMIT_S
+    while time.monotonic() < end:
+        time.sleep(QUIET_S)
+        now = network.counters()
+        if now == before:
+            return
+        before = now
 
 
 def _send_and_receive(own: str, following: str) -> float:

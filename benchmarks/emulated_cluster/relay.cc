@@ -36,7 +36,7 @@ using Time = Clock::time_point;
 struct FrameHeader {
   uint8_t flags;
   uint8_t gso_type;  // 0: the frame fits the MTU
-  uint16_t hdr_len;  // of the headers that each part will repeat
+  uint16_t hdr_len;  // of the linear part, not of the headers
   uint16_t gso_size;
   uint16_t csum_start;
   uint16_t csum_offset;
@@ -75,10 +75,13 @@ int64_t wire_nbytes(const char* frame, size_t nbytes) {
   FrameHeader header;
   std::memcpy(&header, frame, sizeof(header));
   const auto length = static_cast<int64_t>(nbytes - kHeaderNbytes);
-  if (header.gso_type == 0 || header.gso_size == 0) return length;
-  const int64_t payload = length - header.hdr_len;
-  const int64_t num_segments = (payload + header.gso_size - 1) / header.gso_size;
-  return length + (std::max<int64_t>(num_segments, 1) - 1) * header.hdr_len;
+  // Only TCP is offloaded; its header begins where the checksum does, and says how long it is.
+  const int64_t length_at = header.csum_start + 12;
+  if (header.gso_type == 0 || header.gso_size == 0 || length_at >= length) return length;
+  const auto words = static_cast<unsigned char>(frame[kHeaderNbytes + length_at]) >> 4;
+  const int64_t headers = header.csum_start + 4 * words;
+  const int64_t num_parts = (length - headers + header.gso_size - 1) / header.gso_size;
+  return length + (std::max<int64_t>(num_parts, 1) - 1) * headers;
 }
 
 class Relay {
