@@ -191,9 +191,9 @@ def _after_a_failure(rank: int) -> dict[str, str]:
     mesh = mics.init_mesh(2, device_type="cpu", gpus_per_node=2)
     failed = make_model(mesh)
     failed(torch.ones(1, 4)).sum().backward()
-    communicator = failed._mics_unit.context.control
+    (communicators,) = failed._mics_unit.context.communicators.values()
     with pytest.raises(mics.CommError, match="must issue the same collectives"):
-        communicator.all_reduce(torch.ones(rank + 1))
+        communicators.gather_intra.all_reduce(torch.ones(rank + 1))
     second = make_model(mesh)
     second(torch.ones(1, 4)).sum().backward()
     return mics.backends(second)
