@@ -147,8 +147,9 @@ class Network:
         return found
 
 
-def _shape(interface: str, rate: int, burst: str | None = None, limit: str = "1mb") -> None:
+def _shape(interface: str, rate: int, burst: str | None = None, limit: str = "4mb") -> None:
     # A long burst is free after a pause; one that is shorter than a packet splits packets in software.
+    # The queue holds what many senders have on their way at once: a link that drops is another link.
     burst = burst or ("20kb" if rate <= FAST_BPS else "40kb")
     tool(
         *("tc", "qdisc", "add", "dev", interface, "root"),

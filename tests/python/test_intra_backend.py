@@ -310,6 +310,7 @@ def test_a_killed_peer_is_named_at_once(tmp_path: Path):
     seconds = [float(file.read_text()) for file in tmp_path.iterdir()]
     assert len(seconds) == 3
     assert max(seconds) < 15.0
+    assert not segments()
 
 
 def _wait_too_long(rank: int, path: str) -> str:
