@@ -1,4 +1,4 @@
-// A communicator for CPU ranks of one host, over one POSIX shared memory segment per group.
+// Communicators for CPU ranks of one host, over one POSIX shared memory segment per group.
 //
 // A sender copies what it sends into its own slot of the segment; the receivers read it there. A
 // message longer than half a slot goes through in pieces, two at a time, so that a sender fills one
@@ -34,14 +34,34 @@ struct ShmOptions {
   std::chrono::milliseconds timeout{0};  // of one operation, and of waiting for the creator
 };
 
-// Creates or attaches to the segment of `group`. The creator does not wait for the others; a member
-// that attaches waits for the creator. Tensors must be on the CPU.
+namespace shm {
+class Transport;
+}
+
+// One member's place in a group's segment.
 //
-// Throws InvalidArgument when the name or sizes are not legal, the segment is another group's or
-// this member's place is taken; CommError when the system refuses (no space in /dev/shm, no
-// permission); TimeoutError when the creator did not come.
-[[nodiscard]] std::unique_ptr<Communicator> make_shm_communicator(GroupInfo group,
-                                                                  const ShmOptions& options);
+// All communicators made from it are one total order: they are used on one stream, by one thread at
+// a time, in the same order on every member. Each counts its own traffic.
+class ShmGroup {
+ public:
+  // Creates or attaches to the segment of `group`. The creator does not wait for the others; a
+  // member that attaches waits for the creator. Tensors must be on the CPU.
+  //
+  // Throws InvalidArgument when the name or sizes are not legal, the segment is another group's or
+  // this member's place is taken; CommError when the system refuses (no space in /dev/shm, no
+  // permission); TimeoutError when the creator did not come.
+  ShmGroup(GroupInfo group, const ShmOptions& options);
+  ~ShmGroup();  // the place is left when the communicators are gone too
+  ShmGroup(const ShmGroup&) = delete;
+  ShmGroup& operator=(const ShmGroup&) = delete;
+
+  [[nodiscard]] std::unique_ptr<Communicator> make_communicator() const;
+  // True when an operation has failed: then all later ones do. Members learn it at different times.
+  [[nodiscard]] bool has_failed() const;
+
+ private:
+  std::shared_ptr<shm::Transport> transport_;
+};
 
 // A name that is new on this host and tells which process made it. Thread-safe.
 [[nodiscard]] std::string make_shm_segment_name();

@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
@@ -9,6 +10,7 @@
 #include "mics/c10d_communicator.h"
 #include "mics/communicator.h"
 #include "mics/local_world.h"
+#include "mics/shm_communicator.h"
 #include "mics/store_reports.h"
 
 namespace py = pybind11;
@@ -126,6 +128,30 @@ void bind_comm(py::module_& module) {
       },
       py::arg("process_group"), py::kw_only(), py::arg("name"), py::arg("world_ranks"),
       py::arg("nodes"), py::arg("rank"), py::arg("timeout"), Release());
+
+  py::class_<ShmGroup, std::shared_ptr<ShmGroup>>(module, "ShmGroup")
+      .def(py::init([](std::string segment, bool creates, std::string name,
+                       std::vector<int> world_ranks, std::vector<int> nodes, int rank,
+                       std::chrono::milliseconds timeout) {
+             const int64_t unit =
+                 128 * static_cast<int64_t>(std::max<size_t>(world_ranks.size(), 1));
+             return std::make_shared<ShmGroup>(
+                 to_group(std::move(name), std::move(world_ranks), std::move(nodes), rank),
+                 ShmOptions{std::move(segment), creates, kDefaultShmSlotNbytes / unit * unit,
+                            timeout});
+           }),
+           py::arg("segment"), py::kw_only(), py::arg("creates"), py::arg("name"),
+           py::arg("world_ranks"), py::arg("nodes"), py::arg("rank"), py::arg("timeout"), Release())
+      .def(
+          "make_communicator",
+          [](const ShmGroup& self) {
+            return std::shared_ptr<Communicator>(self.make_communicator());
+          },
+          py::keep_alive<0, 1>())
+      .def_property_readonly("has_failed", &ShmGroup::has_failed);
+  module.def("make_shm_segment_name", &make_shm_segment_name);
+  module.def("remove_stale_shm_segments", &remove_stale_shm_segments, Release());
+  module.def("shm_host_identity", &shm_host_identity);
 }
 
 }  // namespace mics

@@ -385,6 +385,26 @@ def make_c10d_communicator(
     timeout: datetime.timedelta,
 ) -> Communicator: ...
 
+class ShmGroup:
+    def __init__(
+        self,
+        segment: str,
+        *,
+        creates: bool,
+        name: str,
+        world_ranks: Sequence[int],
+        nodes: Sequence[int],
+        rank: int,
+        timeout: datetime.timedelta,
+    ) -> None: ...
+    def make_communicator(self) -> Communicator: ...
+    @property
+    def has_failed(self) -> bool: ...
+
+def make_shm_segment_name() -> str: ...
+def remove_stale_shm_segments() -> int: ...
+def shm_host_identity() -> str: ...
+
 class ParameterExchange:
     def __init__(self) -> None: ...
     def add(

@@ -6,7 +6,7 @@ _check_import()
 
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy  # noqa: E402
 
-from torch_mics import checkpoint, optim  # noqa: E402
+from torch_mics import checkpoint, collectives, optim  # noqa: E402
 from torch_mics._C import CommError, InternalError, TimeoutError  # noqa: E402
 from torch_mics._full_state import full_state_dict, load_full_state_dict  # noqa: E402
 from torch_mics._fully_shard import fully_shard  # noqa: E402
@@ -14,7 +14,14 @@ from torch_mics._groups import init_mesh  # noqa: E402
 from torch_mics._materialize import materialize  # noqa: E402
 from torch_mics._module import MiCSModule, UnshardHandle  # noqa: E402
 from torch_mics._shard_model import shard_model  # noqa: E402
-from torch_mics._training import clip_grad_norm_, flight_log, memory, microbatch, traffic  # noqa: E402
+from torch_mics._training import (  # noqa: E402
+    backends,
+    clip_grad_norm_,
+    flight_log,
+    memory,
+    microbatch,
+    traffic,
+)
 from torch_mics._unsharded import unsharded  # noqa: E402
 from torch_mics._version import __version__  # noqa: E402
 from torch_mics.planner import Plan, load_calibration, plan, predicted_bytes  # noqa: E402
@@ -29,8 +36,10 @@ __all__ = [
     "TimeoutError",
     "UnshardHandle",
     "__version__",
+    "backends",
     "checkpoint",
     "clip_grad_norm_",
+    "collectives",
     "flight_log",
     "full_state_dict",
     "fully_shard",

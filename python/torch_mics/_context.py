@@ -123,13 +123,24 @@ class Context:
         for unit in self.units:
             unit.push_settings(is_root=unit is self.root_unit)
 
+    def _all_communicators(self) -> list[_C.Communicator]:
+        found = [c for made in self.communicators.values() for c in made.all()]
+        return found if self.control is None else [*found, self.control]
+
+    def backends(self) -> dict[str, str]:
+        """Says what carries each communicator, by name; several groups of one name may differ."""
+        carried: dict[str, list[str]] = {}
+        for communicator in self._all_communicators():
+            texts = carried.setdefault(communicator.name, [])
+            text = self.root_unit.groups.backends[communicator]
+            if text not in texts:
+                texts.append(text)
+        return {name: "; ".join(texts) for name, texts in carried.items()}
+
     def traffic(self) -> dict[str, dict[str, int]]:
         """Sums this rank's counters by communicator name."""
-        found = [c for made in self.communicators.values() for c in made.all()]
-        if self.control is not None:
-            found.append(self.control)
         totals: dict[str, dict[str, int]] = {}
-        for communicator in found:
+        for communicator in self._all_communicators():
             counters = totals.setdefault(communicator.name, dict.fromkeys(_TRAFFIC_FIELDS, 0))
             traffic = communicator.traffic
             for field in _TRAFFIC_FIELDS:

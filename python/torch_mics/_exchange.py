@@ -7,6 +7,7 @@ import hashlib
 import json
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
@@ -14,6 +15,14 @@ from torch_mics._C import TimeoutError as MicsTimeoutError
 
 # Ranks reach their first forward at different times: data loading, compilation.
 _TIMEOUT = datetime.timedelta(minutes=10)
+
+
+def operation_timeout() -> datetime.timedelta:
+    """Gives the time-out of a collective: that of torch's default process group."""
+    group = dist.group.WORLD
+    assert group is not None
+    options = group._get_backend(torch.device("cpu")).options
+    return getattr(options, "_timeout", c10d.default_pg_timeout)
 
 
 def exchange(topic: str, value: str) -> list[str]:

@@ -16,7 +16,8 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torch_mics import _C
-from torch_mics._exchange import check_same, exchange
+from torch_mics._exchange import check_same, exchange, operation_timeout
+from torch_mics._shm_groups import IntraBackend, ShmGroups, resolve_intra_backend
 
 ShardSize = int | Literal["node", "world"]
 HierarchicalGather = bool | Literal["auto"]
@@ -34,14 +35,15 @@ _default_meshes: weakref.WeakKeyDictionary[object, dict[ShardSize, DeviceMesh]] 
 class _Shared:
     """What the models of one torch.distributed session share, so that they use it in one order.
 
-    Nothing here keeps it alive: process groups live until torch.distributed ends, streams as long as
-    a model that uses them.
+    Nothing here keeps it alive: process groups live until torch.distributed ends, streams and shared
+    memory as long as a model that uses them.
     """
 
     def __init__(self) -> None:
         self.process_groups: weakref.WeakValueDictionary[str, dist.ProcessGroup] = (
             weakref.WeakValueDictionary()
         )
+        self.shm: weakref.WeakValueDictionary[str, _C.ShmGroup] = weakref.WeakValueDictionary()
         self.streams: weakref.WeakValueDictionary[bool, _C.RuntimeStreams] = (
             weakref.WeakValueDictionary()
         )
@@ -53,12 +55,6 @@ _shared_by_world: weakref.WeakKeyDictionary[object, _Shared] = weakref.WeakKeyDi
 
 def _shared() -> _Shared:
     return _shared_by_world.setdefault(dist.group.WORLD, _Shared())
-
-
-def operation_timeout() -> datetime.timedelta:
-    """Gives the time-out of a collective: that of torch's default process group."""
-    backend = dist.group.WORLD._get_backend(torch.device("cpu"))  # type: ignore[union-attr]
-    return backend.options._timeout
 
 
 def flight_log() -> _C.FlightLog:
@@ -154,6 +150,7 @@ def init_mesh(
     *,
     device_type: str | None = None,
     gpus_per_node: int | None = None,
+    intra_backend: IntraBackend = "auto",
 ) -> DeviceMesh:
     """Makes the 2-D mesh ("dp_replicate", "dp_shard") of partition and replication groups.
 
@@ -166,20 +163,27 @@ def init_mesh(
             multiple of them.
         device_type: "cuda" or "cpu"; by default "cuda" where there is one.
         gpus_per_node: ranks per node, instead of what the hosts say.
+        intra_backend: what carries collectives inside a node. "shm": shared memory, for tensors on the
+            CPU; "c10d": torch's process groups; "auto": shared memory where all members of the groups
+            can share it. The environment variable MICS_INTRA_BACKEND comes first.
 
     Raises:
         ValueError: on every rank; the message lists the legal sizes, or the map of ranks to nodes.
         RuntimeError: torch.distributed is not initialised.
     """
     ensure_process_group()
-    check_same("the arguments of init_mesh", {"shard_size": shard_size, "device": device_type})
+    intra_backend = resolve_intra_backend(intra_backend)
+    check_same(
+        "the arguments of init_mesh",
+        {"shard_size": shard_size, "device": device_type, "intra_backend": intra_backend},
+    )
     nodes = _find_nodes(gpus_per_node)
     topology = _C.Topology(
         node_of_rank=nodes, partition_size=_resolve_shard_size(shard_size, nodes)
     )
     shape = (topology.replication_size, topology.partition_size)
     mesh = init_device_mesh(device_type or _default_device_type(), shape, mesh_dim_names=_MESH_DIMS)
-    _attach_groups(mesh, nodes)
+    _attach_groups(mesh, nodes, intra_backend)
     return mesh
 
 
@@ -216,10 +220,13 @@ class Groups:
         topology: the groups as the C++ core computes them.
     """
 
-    def __init__(self, mesh: DeviceMesh, nodes: list[str]) -> None:
+    def __init__(self, mesh: DeviceMesh, nodes: list[str], intra_backend: IntraBackend) -> None:
         self.mesh = mesh
         self._nodes = nodes
         self.topology = _C.Topology(node_of_rank=nodes, partition_size=mesh.size(mesh.ndim - 1))
+        self.shm = ShmGroups(intra_backend, mesh.device_type, self.topology)
+        # What carries a communicator, and why.
+        self.backends: weakref.WeakKeyDictionary[_C.Communicator, str] = weakref.WeakKeyDictionary()
 
     def variant(self, hierarchical: HierarchicalGather) -> _C.Variant:
         """Chooses between flat and hierarchical; "auto" is hierarchical where a group spans nodes.
@@ -237,43 +244,68 @@ class Groups:
 
     def communicators(self, variant: _C.Variant) -> Communicators:
         """Makes the communicators of one root module. Collective when groups are new."""
-        topology, rank = self.topology, dist.get_rank()
-        intra = topology.intra_group(rank, variant)
-        rail = topology.rail_group(rank, variant)
-        replicas = topology.replication_group(rank)
-        intra_groups = topology.intra_groups(variant)
-        rail_groups = topology.rail_groups(variant)
+        topology = self.topology
+        intra, rail = topology.intra_groups(variant), topology.rail_groups(variant)
+        made = self._make(
+            {
+                "gather/rail": rail,
+                "gather/intra": intra,
+                "reduce/rail": rail,
+                "reduce/intra": intra,
+                "replicate": topology.replication_groups(),
+            }
+        )
         return Communicators(
-            gather_rail=self._make("gather/rail", rail, rail_groups) if len(rail) > 1 else None,
-            gather_intra=self._make("gather/intra", intra, intra_groups),
-            reduce_rail=self._make("reduce/rail", rail, rail_groups) if len(rail) > 1 else None,
-            reduce_intra=self._make("reduce/intra", intra, intra_groups),
-            replicate=self._make("replicate", replicas, topology.replication_groups())
-            if len(replicas) > 1
-            else None,
+            gather_rail=made.get("gather/rail"),
+            gather_intra=made["gather/intra"],
+            reduce_rail=made.get("reduce/rail"),
+            reduce_intra=made["reduce/intra"],
+            replicate=made.get("replicate"),
         )
 
     def control(self) -> _C.Communicator | None:
         """Makes the communicator of all ranks, for small agreements; None in a world of one."""
-        world = list(range(self.topology.world_size))
-        return self._make("control", world, [world]) if len(world) > 1 else None
+        return self._make({"control": [list(range(self.topology.world_size))]}).get("control")
 
-    def _make(self, name: str, ranks: list[int], groups: list[list[int]]) -> _C.Communicator:
-        nodes = [self.topology.node_of(rank) for rank in ranks]
-        index = ranks.index(dist.get_rank())
-        if len(ranks) == 1:
-            world = _C.LocalWorld(self.topology.world_size, timeout=operation_timeout())
-            return world.make_communicator(name=name, world_ranks=ranks, nodes=nodes, rank=index)
-        made = _C.make_c10d_communicator(
+    def _make(self, roles: dict[str, list[list[int]]]) -> dict[str, _C.Communicator]:
+        """Makes this rank's communicator of every role; groups of one only inside a node. Collective.
+
+        Args:
+            roles: by name of the communicator, all groups of the world; all of one size.
+        """
+        several = {role: groups for role, groups in roles.items() if len(groups[0]) > 1}
+        made, reasons = self.shm.make(several, _shared().shm)
+        carried = dict.fromkeys(made, "shm")
+        for role, groups in roles.items():
+            if role in several and role not in made:
+                made[role] = self._over_process_group(role, groups)
+                carried[role] = f"c10d ({reasons[role]})"
+            elif role not in several and role.endswith("/intra"):
+                made[role] = self._alone(role)
+                carried[role] = "local (a group of one)"
+        for role, communicator in made.items():
+            self.backends[communicator] = carried[role]
+            if communicator.size > 1:
+                communicator.set_flight_log(flight_log())
+        return made
+
+    def _alone(self, name: str) -> _C.Communicator:
+        rank = dist.get_rank()
+        world = _C.LocalWorld(self.topology.world_size, timeout=operation_timeout())
+        return world.make_communicator(
+            name=name, world_ranks=[rank], nodes=[self.topology.node_of(rank)], rank=0
+        )
+
+    def _over_process_group(self, name: str, groups: list[list[int]]) -> _C.Communicator:
+        ranks = next(group for group in groups if dist.get_rank() in group)
+        return _C.make_c10d_communicator(
             self._process_group(name, ranks, groups),
             name=name,
             world_ranks=ranks,
-            nodes=nodes,
-            rank=index,
+            nodes=[self.topology.node_of(rank) for rank in ranks],
+            rank=ranks.index(dist.get_rank()),
             timeout=operation_timeout(),
         )
-        made.set_flight_log(flight_log())
-        return made
 
     def _process_group(
         self, name: str, ranks: list[int], groups: list[list[int]]
@@ -305,8 +337,8 @@ class Groups:
         return found
 
 
-def _attach_groups(mesh: DeviceMesh, nodes: list[str]) -> Groups:
-    groups = Groups(mesh, nodes)
+def _attach_groups(mesh: DeviceMesh, nodes: list[str], intra_backend: IntraBackend) -> Groups:
+    groups = Groups(mesh, nodes, intra_backend)
     # Kept on the mesh, so that it lives exactly as long and every unit on the mesh finds it.
     mesh._mics_groups = groups  # type: ignore[attr-defined]
     return groups
@@ -333,4 +365,6 @@ def groups_of(mesh: DeviceMesh) -> Groups:
             f"the mesh must hold all ranks in natural order: got {ranks} in a world of {world_size}. "
             "Use torch_mics.init_mesh(shard_size)."
         )
-    return _attach_groups(mesh, exchange("nodes", host_identity()))
+    intra_backend = resolve_intra_backend("auto")
+    check_same("MICS_INTRA_BACKEND", intra_backend)
+    return _attach_groups(mesh, exchange("nodes", host_identity()), intra_backend)

@@ -170,3 +170,12 @@ def memory(model: nn.Module) -> dict[str, int]:
     planned = context.engine.memory()
     parts = {part.name: part.nbytes for part in planned.parts}
     return {**parts, "beside the plan": planned.grown_nbytes}
+
+
+def backends(model: nn.Module) -> dict[str, str]:
+    """Gives what carries each communicator: "shm", or "c10d" or "local" with the reason.
+
+    Names as in traffic(). Empty before the first forward.
+    """
+    unit: ShardedUnit = check_sharded(model, "backends")._unit
+    return {} if unit.context is None else unit.context.backends()

@@ -49,8 +49,9 @@ class Conformance
         const GroupInfo group = world_group(size(), rank);
         // Slots so small that most messages take several rounds.
         const auto communicator =
-            is_shm ? make_shm_communicator(group, {segment, rank == 0, int64_t{128} * size(),
-                                                   std::chrono::seconds(60)})
+            is_shm ? ShmGroup(group,
+                              {segment, rank == 0, int64_t{128} * size(), std::chrono::seconds(60)})
+                         .make_communicator()
                    : world.make_communicator(group);
         const auto inline_stream = make_inline_stream();
         body(rank, *communicator, *inline_stream);

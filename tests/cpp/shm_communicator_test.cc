@@ -10,7 +10,9 @@
 
 #include <atomic>
 #include <filesystem>
+#include <memory>
 #include <string>
+#include <utility>
 
 #include "mics/error.h"
 #include "mics/local_world.h"
@@ -32,6 +34,10 @@ GroupInfo group_of(int size, int rank) {
 
 ShmOptions options_of(const std::string& name, int size, int rank, int timeout_ms = 20000) {
   return {name, rank == 0, int64_t{128} * size * 4, std::chrono::milliseconds(timeout_ms)};
+}
+
+std::unique_ptr<Communicator> make_shm_communicator(GroupInfo group, const ShmOptions& options) {
+  return ShmGroup(std::move(group), options).make_communicator();
 }
 
 TEST(ShmCommunicator, EqualsTheLocalBackendBitwiseInManyRounds) {
@@ -87,6 +93,41 @@ TEST(ShmCommunicator, DifferentSizesAreAnErrorOnEveryMember) {
     }
   });
   EXPECT_EQ(num_errors, 3);
+}
+
+TEST(ShmCommunicator, CommunicatorsOfOneGroupShareItsRoundsAndCountAlone) {
+  const std::string name = make_shm_segment_name();
+  run_ranks(2, [&](int rank) {
+    auto group = std::make_unique<ShmGroup>(group_of(2, rank), options_of(name, 2, rank));
+    const auto first = group->make_communicator();
+    const auto second = group->make_communicator();
+    group.reset();
+    const auto stream = make_inline_stream();
+    for (Communicator* communicator : {first.get(), second.get(), first.get()}) {
+      at::Tensor tensor = at::full({3000}, static_cast<float>(rank + 1));
+      communicator->all_reduce(tensor, *stream);
+      EXPECT_TRUE(at::equal(tensor, at::full({3000}, 3.0F)));
+    }
+    EXPECT_EQ(first->traffic().calls, 2);
+    EXPECT_EQ(second->traffic().calls, 1);
+  });
+}
+
+TEST(ShmCommunicator, AMemberThatLeftIsNamedAndTheGroupSaysThatItHasFailed) {
+  const std::string name = make_shm_segment_name();
+  const ShmGroup group(group_of(2, 0), options_of(name, 2, 0));
+  {
+    const ShmGroup other(group_of(2, 1), options_of(name, 2, 1));
+  }
+  EXPECT_FALSE(group.has_failed());
+  try {
+    group.make_communicator()->barrier();
+    FAIL() << "did not throw";
+  } catch (const CommError& error) {
+    EXPECT_NE(std::string(error.what()).find("world_rank 1 has left the group"), std::string::npos)
+        << error.what();
+  }
+  EXPECT_TRUE(group.has_failed());
 }
 
 TEST(ShmCommunicator, MissingMemberIsATimeout) {

@@ -9,12 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(name: str, *arguments: str) -> str:
+    return start(str(ROOT / "benchmarks" / name), *arguments)
+
+
+def start(*arguments: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, str(ROOT / "benchmarks" / name), *arguments]
+    command = [sys.executable, *arguments]
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, timeout=300, check=False
     )
@@ -44,3 +50,47 @@ def test_optimizer_overhead(tmp_path: Path):
     assert printed is not None
     assert abs(float(printed[1]) - numbers["ratio"]) < 1e-4
     assert len(numbers["medians_s"]) == 4
+
+
+def collective_numbers(file: Path) -> tuple[dict, dict[tuple[str, str, int], dict]]:
+    found = json.loads(file.read_text())
+    records = {(r["operation"], r["contestant"], r["nbytes"]): r for r in found["records"]}
+    assert len(records) == len(found["records"])
+    return found, records
+
+
+def test_collectives_of_two_nodes(tmp_path: Path):
+    file = tmp_path / "numbers.json"
+    sizes = ("--smallest", "64kB", "--largest", "128kB", "--repeats", "2")
+    printed = run(
+        *("collective_bench.py", "--ranks", "4", "--ranks-per-node", "2"),
+        *(*sizes, "--json", str(file)),
+    )
+    assert "all_gather, 4 ranks" in printed
+    assert "reduce_scatter, 4 ranks" in printed
+    found, records = collective_numbers(file)
+    assert found["carried_by"]["hierarchical/shm"]["gather/intra"] == "shm"
+    names = ("torch", "flat", "hierarchical", "hierarchical/shm")
+    assert set(records) == {
+        (operation, name, nbytes)
+        for operation in ("all_gather", "reduce_scatter")
+        for name in names
+        for nbytes in (1 << 16, 1 << 17)
+    }
+    for (_, name, nbytes), record in records.items():
+        assert len(record["seconds"]) == 2
+        assert record["algbw_Bps"] == pytest.approx(nbytes / record["median_s"])
+        assert record["busbw_Bps"] == pytest.approx(record["algbw_Bps"] * 3 / 4)
+        if name.startswith("hierarchical"):  # a rank's piece to the other node; two inside
+            assert record["sent_inter_nbytes"] == nbytes // 4
+            assert record["sent_intra_nbytes"] == nbytes // 2
+
+
+def test_collectives_of_one_node_under_torchrun(tmp_path: Path):
+    file = tmp_path / "numbers.json"
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    script = str(ROOT / "benchmarks" / "collective_bench.py")
+    sizes = ("--smallest", "64kB", "--largest", "64kB", "--repeats", "2", "--json", str(file))
+    start(*launcher, script, *sizes)
+    _, records = collective_numbers(file)
+    assert {name for _, name, _ in records} == {"torch", "flat", "flat/shm"}

@@ -1,4 +1,4 @@
-"""The promises of communicator.h over every backend: local (threads) and c10d over Gloo (processes).
+"""The promises of communicator.h over every backend: local (threads), shm and c10d over Gloo (processes).
 
 Every operation, dtype, in and out of place, sizes from one element to megabytes, every group size to 8.
 """
@@ -146,6 +146,25 @@ def gloo_subgroups(rank: int, world_size: int) -> int:
     return num_cases
 
 
+def shm_subgroups(rank: int, world_size: int, names: list[str]) -> int:
+    """As gloo_subgroups, over shared memory; a group of one has no segment."""
+    num_cases = 0
+    for size in range(2, world_size + 1):
+        if rank < size:
+            group = _C.ShmGroup(
+                names[size],
+                creates=rank == 0,
+                name="test",
+                world_ranks=list(range(size)),
+                nodes=[member // 2 for member in range(size)],
+                rank=rank,
+                timeout=TIMEOUT,
+            )
+            comm = group.make_communicator()
+            num_cases += check_all(comm, rank, size)
+    return num_cases
+
+
 def run_threads(size: int, body: Callable[[int, _C.Communicator], int]) -> list[int]:
     world = _C.LocalWorld(size, timeout=TIMEOUT)
     results: list[int] = [0] * size
@@ -182,6 +201,12 @@ def test_local_backend_keeps_every_promise(size: int) -> None:
 def test_c10d_backend_keeps_every_promise_for_group_sizes_up_to_8() -> None:
     per_group = len(DTYPES) * len(NUMELS) * 2
     assert run_ranks(8, gloo_subgroups, 8)[0] == 8 * per_group
+
+
+def test_shm_backend_keeps_every_promise_for_group_sizes_up_to_8() -> None:
+    per_group = len(DTYPES) * len(NUMELS) * 2
+    names = [_C.make_shm_segment_name() for _ in range(9)]
+    assert run_ranks(8, shm_subgroups, 8, names)[0] == 7 * per_group
 
 
 def bytes_on_wire(rank: int, size: int) -> tuple[int, int]:

@@ -246,9 +246,15 @@ def _torchrun_problems(words: list[str]) -> list[str]:
 
 
 def _run_problems(script: str, arguments: list[str]) -> list[str]:
-    """What is wrong with running a Python script with these arguments."""
+    """What is wrong with running a Python script, or a folder, with these arguments."""
     if problems := _file_problems(script):
         return problems
+    if "--" in arguments:  # what it runs
+        index = arguments.index("--")
+        inner = command_problems(shlex.join(arguments[index + 1 :]))
+        return _run_problems(script, arguments[:index]) + inner
+    if (ROOT / script).is_dir():
+        script += "/__main__.py"
     if script == "examples/train_gpt.py":
         return _train_gpt_problems(arguments)
     # setup.py takes what setuptools takes: the pages may use what our own scripts use.
@@ -409,6 +415,8 @@ def test_readme_has_the_two_commands():
         ("ctest --test-dir .build/release -R nccl_tests", "no ctest matches"),
         ("ctest --test-dir .build/debug", "makes no tree"),
         ("make test", "cannot check"),
+        ("python benchmarks/emulated_cluster --speed 1 -- python a.py", "has no --speed"),
+        ("python benchmarks/emulated_cluster -- python a.py", "there is no a.py"),
         ("python -m torch_mics validate --pages a.md", "torch_mics refuses"),
     ],
 )

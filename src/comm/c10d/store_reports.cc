@@ -15,6 +15,17 @@ namespace {
 
 constexpr char kAlarm[] = "alarm";
 
+// A store of our own. Its calls must not outlast the log: that of a file waits for its time-out
+// when the file is gone.
+c10::intrusive_ptr<c10d::Store> clone_with_timeout(const c10::intrusive_ptr<c10d::Store>& store,
+                                                   std::chrono::milliseconds timeout) {
+  const std::chrono::milliseconds of_caller = store->getTimeout();
+  const c10::intrusive_ptr<c10d::Store> clone = store->clone();
+  clone->setTimeout(timeout);
+  if (store->getTimeout() != of_caller) store->setTimeout(of_caller);  // a clone that is shared
+  return clone;
+}
+
 std::string key_of(int rank) { return "progress/" + std::to_string(rank); }
 
 // The log and the thread that answers for it.
@@ -117,7 +128,8 @@ std::shared_ptr<FlightLog> make_reporting_log(const c10::intrusive_ptr<c10d::Sto
                                               int rank, int world_size,
                                               std::chrono::milliseconds interval,
                                               std::chrono::milliseconds patience) {
-  auto owner = std::make_shared<ReportingLog>(store->clone(), store->clone(), rank, world_size,
+  auto owner = std::make_shared<ReportingLog>(clone_with_timeout(store, patience),
+                                              clone_with_timeout(store, patience), rank, world_size,
                                               interval, patience);
   return {owner, &owner->log()};
 }

@@ -68,7 +68,7 @@ class Segment {
   // CommError when the system refuses.
   [[nodiscard]] static Segment create(const std::string& name, uint64_t group_key, int size,
                                       int rank, int64_t slot_nbytes);
-  // Attaches `rank`. Waits for the creator. Throws as make_shm_communicator().
+  // Attaches `rank`. Waits for the creator. Throws as ShmGroup().
   [[nodiscard]] static Segment attach(const std::string& name, uint64_t group_key, int size,
                                       int rank, std::chrono::milliseconds timeout);
 
