@@ -242,6 +242,8 @@ def _torchrun_problems(words: list[str]) -> list[str]:
             parsed = get_args_parser().parse_args(words)
         except SystemExit:
             return [f"torchrun refuses its options: {said.getvalue()}"]
+    if parsed.module:
+        return _python_problems(["-m", parsed.training_script, *parsed.training_script_args])
     return _run_problems(parsed.training_script, parsed.training_script_args)
 
 
@@ -410,6 +412,7 @@ def test_readme_has_the_two_commands():
         ("ctest --test-dir .build/debug", "makes no tree"),
         ("make test", "cannot check"),
         ("python -m torch_mics validate --pages a.md", "torch_mics refuses"),
+        ("torchrun --nproc-per-node 4 -m torch_mics calibrate", "torch_mics refuses"),
     ],
 )
 def test_a_wrong_command_is_found(command: str, problem: str):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch_mics.planner._cli_calibrate import add_calibrate
 from torch_mics.planner._cli_model import add_model, add_search, plan_of
 from torch_mics.planner._cli_simulate import add_simulate
 from torch_mics.planner._page import accuracy_page
@@ -28,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_plan(commands)
     add_simulate(commands)
+    add_calibrate(commands)
     _add_validate(commands)
     return parser
 
