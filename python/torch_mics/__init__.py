@@ -17,7 +17,14 @@ from torch_mics._shard_model import shard_model  # noqa: E402
 from torch_mics._training import clip_grad_norm_, memory, microbatch, traffic  # noqa: E402
 from torch_mics._unsharded import unsharded  # noqa: E402
 from torch_mics._version import __version__  # noqa: E402
-from torch_mics.planner import Plan, load_calibration, plan, predicted_bytes  # noqa: E402
+from torch_mics.planner import (  # noqa: E402
+    Plan,
+    StepReport,
+    load_calibration,
+    plan,
+    predicted_bytes,
+    report_after,
+)
 
 __all__ = [
     "CommError",
@@ -26,6 +33,7 @@ __all__ = [
     "MixedPrecisionPolicy",
     "OffloadPolicy",
     "Plan",
+    "StepReport",
     "TimeoutError",
     "UnshardHandle",
     "__version__",
@@ -42,6 +50,7 @@ __all__ = [
     "optim",
     "plan",
     "predicted_bytes",
+    "report_after",
     "shard_model",
     "traffic",
     "unsharded",
