@@ -109,6 +109,10 @@ class Communicator {
   // Returns when every member has called it.
   virtual void barrier() = 0;
 
+  // An all-gather is counted as a ring: all pieces come from the member before this one and go to
+  // the one after. Else, and in a reduce-scatter, each piece goes straight from member to member.
+  [[nodiscard]] bool gathers_in_ring() const { return gather_route() == GatherRoute::kRing; }
+
  protected:
   explicit Communicator(GroupInfo group);
 

@@ -81,6 +81,7 @@ void bind_comm(py::module_& module) {
                              [](const Communicator& self) { return self.group().world_ranks; })
       .def_property_readonly("rank", [](const Communicator& self) { return self.group().rank; })
       .def_property_readonly("size", [](const Communicator& self) { return self.group().size(); })
+      .def_property_readonly("gathers_in_ring", &Communicator::gathers_in_ring)
       .def_property_readonly("traffic", [](const Communicator& self) { return self.traffic(); })
       .def(
           "all_gather",

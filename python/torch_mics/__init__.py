@@ -24,7 +24,14 @@ from torch_mics._training import (  # noqa: E402
 )
 from torch_mics._unsharded import unsharded  # noqa: E402
 from torch_mics._version import __version__  # noqa: E402
-from torch_mics.planner import Plan, load_calibration, plan, predicted_bytes  # noqa: E402
+from torch_mics.planner import (  # noqa: E402
+    Plan,
+    StepReport,
+    load_calibration,
+    plan,
+    predicted_bytes,
+    report_after,
+)
 
 __all__ = [
     "CommError",
@@ -33,6 +40,7 @@ __all__ = [
     "MixedPrecisionPolicy",
     "OffloadPolicy",
     "Plan",
+    "StepReport",
     "TimeoutError",
     "UnshardHandle",
     "__version__",
@@ -52,6 +60,7 @@ __all__ = [
     "optim",
     "plan",
     "predicted_bytes",
+    "report_after",
     "shard_model",
     "traffic",
     "unsharded",

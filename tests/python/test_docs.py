@@ -242,6 +242,8 @@ def _torchrun_problems(words: list[str]) -> list[str]:
             parsed = get_args_parser().parse_args(words)
         except SystemExit:
             return [f"torchrun refuses its options: {said.getvalue()}"]
+    if parsed.module:
+        return _python_problems(["-m", parsed.training_script, *parsed.training_script_args])
     return _run_problems(parsed.training_script, parsed.training_script_args)
 
 
@@ -418,6 +420,7 @@ def test_readme_has_the_two_commands():
         ("python benchmarks/emulated_cluster --speed 1 -- python a.py", "has no --speed"),
         ("python benchmarks/emulated_cluster -- python a.py", "there is no a.py"),
         ("python -m torch_mics validate --pages a.md", "torch_mics refuses"),
+        ("torchrun --nproc-per-node 4 -m torch_mics calibrate", "torch_mics refuses"),
     ],
 )
 def test_a_wrong_command_is_found(command: str, problem: str):

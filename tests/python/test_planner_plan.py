@@ -238,6 +238,16 @@ def test_command_plans_a_module(capsys: pytest.CaptureFixture[str], tmp_path: Pa
         (["plan", "--gpt", "3", *PLAN_10B[3:], "--global-batch", "64"], "a shape must be"),
         (["plan", "--model", "x", *PLAN_10B[3:], "--global-batch", "64"], "a published one"),
         (["plan", "--module", "x", *PLAN_10B[3:], "--global-batch", "64"], "PACKAGE:CALLABLE"),
+        ([*PLAN_10B[:-1], "0", "--global-batch", "64"], "needs ranks, samples"),
+        ([*PLAN_10B[:-1], "-8", "--global-batch", "64"], "needs ranks, samples"),
+        ([*PLAN_10B[:-1], "63", "--global-batch", "63"], "must fill them: got num_ranks=63"),
+        ([*PLAN_10B, "--global-batch", "0"], "needs ranks, samples"),
+        ([*PLAN_10B, "--global-batch", "64", "--micro-batch", "0"], "micro-batches on every rank"),
+        ([*PLAN_10B[:4], "nothing.json", *PLAN_10B[5:], "--global-batch", "64"], "nothing.json"),
+        (
+            ["plan", "--gpt", "96x12288x96", *PLAN_10B[3:-1], "16", "--global-batch", "16"],
+            "shard_size=16 with micro-batch 1 needs 194.4 GB",
+        ),
     ],
 )
 def test_bad_input_is_said_and_status_is_2(
@@ -245,6 +255,19 @@ def test_bad_input_is_said_and_status_is_2(
 ) -> None:
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_malformed_calibration_is_named_by_line_and_field(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "bad.json"
+    text = json.dumps(dump_calibration(mics.load_calibration("p4d")), indent=1)
+    file.write_text(text.replace('"value": 0.96', '"value": 96'))
+    command = ["plan", "--model", "bert_10b", "--instance", str(file)]
+    assert main([*command, "--gpus", "8", "--global-batch", "8"]) == 2
+    line = 1 + file.read_text().splitlines().index('   "value": 96,')
+    said = capsys.readouterr().err
+    assert f"bad.json, line {line}, field values.usable_memory.value: must be a number" in said
 
 
 # --- with ranks -----------------------------------------------------------------------------------

@@ -7,5 +7,16 @@ are fed with, calibrations and published runs, and what is made of their numbers
 from torch_mics.planner._bytes import predicted_bytes
 from torch_mics.planner._calibration import Calibration, load_calibration
 from torch_mics.planner._plan import Plan, plan
+from torch_mics.planner._step_report import StepReport
+from torch_mics.planner._watch import StepWatch, report_after
 
-__all__ = ["Calibration", "Plan", "load_calibration", "plan", "predicted_bytes"]
+__all__ = [
+    "Calibration",
+    "Plan",
+    "StepReport",
+    "StepWatch",
+    "load_calibration",
+    "plan",
+    "predicted_bytes",
+    "report_after",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from torch_mics import _C
+from torch_mics.planner._announcement import rate_of_100b, rate_of_175b
 from torch_mics.planner._calibration import Calibration
 from torch_mics.planner._published import (
     FLAT,
@@ -109,20 +110,8 @@ def _step(model: str, calibration: Calibration, settings: _C.StepSettings) -> tu
 
 
 def _weak_scaling(p4d: Calibration) -> list[Claim]:
-    def case(gpus: int, partition: int, is_mics: bool) -> float:
-        settings = _C.StepSettings(
-            world_size=gpus,
-            partition_size=partition,
-            micro_batch=16,
-            num_microsteps=4,
-            recompute=True,
-            gather=HIERARCHICAL if is_mics else FLAT,
-            overlap=is_mics,
-        )
-        return _step("mics_100b_assumed", p4d, settings)[1]
-
-    at_128, at_512 = case(128, 128, True), case(512, 128, True)
-    zero3_128, zero3_512 = case(128, 128, False), case(512, 512, False)
+    at_128, at_512 = (rate_of_100b(p4d, gpus, is_mics=True) for gpus in (128, 512))
+    zero3_128, zero3_512 = (rate_of_100b(p4d, gpus, is_mics=False) for gpus in (128, 512))
     ratio, zero3_ratio = 100 * at_512 / at_128, 100 * zero3_512 / zero3_128
     return [
         Claim(
@@ -157,15 +146,7 @@ def _weak_scaling(p4d: Calibration) -> list[Claim]:
 
 
 def _announcement(p4de: Calibration) -> Claim:
-    settings = _C.StepSettings(
-        world_size=128,
-        partition_size=128,
-        micro_batch=2,
-        num_microsteps=4,
-        recompute=True,
-        gather=HIERARCHICAL,
-    )
-    rate = _step("gpt3_175b", p4de, settings)[1]
+    rate = rate_of_175b(p4de)
     return Claim(
         "175B, sequence 2048 (assumed: GPT-3's shape, p = 128, micro-batch 2) on 128 A100-80, TFLOP/s",
         "169",

@@ -16,13 +16,14 @@ Path = tuple[str | int, ...]
 class LocatedJson:
     """A parsed text: `value`, and the line of each value by its path of keys and indices."""
 
-    def __init__(self, text: str, source: str) -> None:
-        """Parses `text`; `source` names it in errors.
+    def __init__(self, text: str, source: str, what: str = "a calibration") -> None:
+        """Parses `text`; `source` names it in errors, and `what` says what it should be.
 
         Raises:
             ValueError: the text is no JSON, or an object has a key twice.
         """
         self.source = source
+        self._what = what
         self._text = text
         self._lines: dict[Path, int] = {}
         self._decoder = json.JSONDecoder()
@@ -41,13 +42,13 @@ class LocatedJson:
         """Makes the error for the value at `path`."""
         field = ".".join(map(str, path)) or "the whole file"
         return ValueError(
-            f"a calibration must be well formed: {self.source}, line {self.line_of(path)}, field "
+            f"{self._what} must be well formed: {self.source}, line {self.line_of(path)}, field "
             f"{field}: {rule}: got {got!r}."
         )
 
     def _fail(self, position: int, reason: str) -> None:
         line = self._text.count("\n", 0, position) + 1
-        raise ValueError(f"a calibration must be JSON: {self.source}, line {line}: {reason}.")
+        raise ValueError(f"{self._what} must be JSON: {self.source}, line {line}: {reason}.")
 
     def _skip(self, position: int) -> int:
         found = _SPACE.match(self._text, position)

@@ -9,20 +9,20 @@ from torch_mics import _C
 from torch_mics.planner._plan import Plan, size_of
 from torch_mics.planner._tables import Table, percent
 
-_TIME_TERMS = (
+TIME_TERMS = (
     ("compute", "compute, alone"),
     ("contention", "compute lost to a busy network"),
     ("exposed", "waiting for communication"),
     ("optimizer", "optimizer"),
 )
-_BUSY_TERMS = (
+BUSY_TERMS = (
     ("gather_rail", "gather over nodes"),
     ("gather_intra", "gather inside nodes"),
     ("reduce_intra", "reduce inside nodes"),
     ("reduce_rail", "reduce over nodes"),
     ("replicate", "all-reduce over replicas"),
 )
-_MEMORY_TERMS = (
+MEMORY_TERMS = (
     ("states", "states of the shard"),
     ("parameters_kept", "parameters kept"),
     ("gradients_kept", "gradient sums kept"),
@@ -111,14 +111,14 @@ def explanation(plan: Plan) -> list[Table]:
             for name, text in (*terms, ("total" if part == "time" else "peak", "together"))
         ]
 
-    busy = [(text, *(f"{getattr(c.time, name):.3f}" for c in shown)) for name, text in _BUSY_TERMS]
-    memory = rows("memory", _MEMORY_TERMS, 1e9)
+    busy = [(text, *(f"{getattr(c.time, name):.3f}" for c in shown)) for name, text in BUSY_TERMS]
+    memory = rows("memory", MEMORY_TERMS, 1e9)
     limits = plan.calibration.limits()
     usable = f"{limits.usable * limits.capacity_nbytes / 1e9:.3f}"
     memory[-1] = ("peak (not all terms at once)", *memory[-1][1:])
     memory.append(("usable", *[usable] * len(shown)))
     return [
-        Table("Seconds of a step", ("term", *names), rows("time", _TIME_TERMS, 1)),
+        Table("Seconds of a step", ("term", *names), rows("time", TIME_TERMS, 1)),
         Table("Seconds that the links are busy, mostly behind compute", ("term", *names), busy),
         Table("GB of one rank", ("term", *names), memory),
     ]
@@ -162,10 +162,9 @@ def _candidate_json(plan: Plan, candidate: _C.Candidate) -> dict[str, Any]:
         "after_forward": residency.after_forward.name.lower(),
         "between_microsteps": residency.between_microsteps.name.lower(),
         "gradient_accumulation": residency.gradient_accumulation.name.lower(),
-        "seconds": {name: getattr(time, name) for name, _ in (*_TIME_TERMS, *_BUSY_TERMS)}
+        "seconds": {name: getattr(time, name) for name, _ in (*TIME_TERMS, *BUSY_TERMS)}
         | {"total": time.total},
-        "nbytes": {name: getattr(memory, name) for name, _ in _MEMORY_TERMS}
-        | {"peak": memory.peak},
+        "nbytes": {name: getattr(memory, name) for name, _ in MEMORY_TERMS} | {"peak": memory.peak},
         "tflops": plan.tflops(candidate),
         "is_extrapolated": time.is_extrapolated,
     }

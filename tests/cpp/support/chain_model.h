@@ -89,6 +89,7 @@ class Model {
   Engine& engine() { return *engine_; }
   const LocalHops& gather() const { return *gather_; }
   const LocalHops& reduce() const { return *reduce_; }
+  const Traffic& replicate() const { return replicate_->traffic(); }
   const at::Tensor& sharded(int layer) { return sharded_[static_cast<size_t>(layer)]; }
   ShardLayout::RowRange rows(int p) const {
     return ShardLayout({{{kWidth, kWidth}}}, p, 1).rows_of(0, rank_ % p);

@@ -1,0 +1,199 @@
+"""Makes a calibration of measured collectives: tables, and the few numbers of the formulas."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Sequence
+
+from torch_mics import _C
+from torch_mics.planner._calibration import TABLES, Calibration, Table, Value
+from torch_mics.planner._measure import Measurement
+from torch_mics.planner._tables import Table as TextTable
+from torch_mics.planner._tables import percent
+
+FAR_OFF = 0.30  # from what the base says; marked in the table
+_TIME_ERROR = 0.15
+
+
+def calibrate(
+    base: Calibration,
+    measurements: Sequence[Measurement],
+    *,
+    ranks_per_node: int,
+    instance: str,
+    source: str,
+    date: str,
+    device: dict[str, float] | None = None,
+) -> Calibration:
+    """Puts measurements into a calibration; what was not measured stays as `base` has it.
+
+    Latencies, bandwidths and launches are fitted to the tables by least squares of relative errors, none
+    below 0; they carry predictions on outside the tables. Equal ranks and bytes count once, as their mean.
+
+    Args:
+        base: the instance type that is nearest.
+        measurements: of a cluster of `ranks_per_node`.
+        instance: the name of the result.
+        source, date: of the measurements.
+        device: measured numbers of the device, by their name in a calibration.
+
+    Raises:
+        ValueError: a table has fewer than two sizes.
+    """
+    points = _merge(measurements)
+    intra = [m for m in points if m.table == "intra_hop"]
+    inter = [m for m in points if m.table != "intra_hop"]
+    fitted: dict[str, tuple[float, str]] = {}
+    if intra:
+        latency, rate = _fit([(m.seconds, _intra_row(m)) for m in _of_two_sizes(intra)])
+        text = f"least squares over {len(intra)} collectives of {source}"
+        fitted |= {"intra_latency": (latency, text), "intra_bandwidth": (1 / rate, text)}
+    if inter:
+        k = ranks_per_node
+        hop = fitted["intra_latency"][0] if intra else base["intra_latency"]
+        rows = [
+            (m.seconds - _intra_steps(m, k) * hop, _inter_row(m, k)) for m in _of_two_sizes(inter)
+        ]
+        launch, rail_launch, latency, rate = _fit(rows)
+        text = f"least squares over {len(inter)} collectives of {source}"
+        fitted |= {"launch": (launch, text), "rail_launch": (rail_launch, text)}
+        fitted |= {"inter_latency": (latency, text), "inter_bandwidth": (1 / rate, text)}
+    measured = dict(device or {})
+    if ranks_per_node != base["ranks_per_node"]:
+        measured["ranks_per_node"] = float(ranks_per_node)
+    values = dict(base.values)
+    values |= {name: Value(x, "fitted", text, date) for name, (x, text) in fitted.items()}
+    values |= {name: Value(x, "measured", source, date) for name, x in measured.items()}
+    if "peak" in measured:
+        reached = Value(1.0, "assumed", "the peak is what matrix products reached", date)
+        values |= {"efficiency": reached, "efficiency_wide": reached}
+    unknown = "no training run was compared with this calibration"
+    values["time_error"] = Value(_TIME_ERROR, "assumed", unknown, date)
+    tables = {
+        name: Table(
+            tuple((m.num_ranks, float(m.nbytes), m.seconds) for m in points if m.table == name),
+            source,
+            date,
+        )
+        for name in TABLES
+        if any(m.table == name for m in points)
+    }
+    return Calibration(instance, (), base.gpu, values, tables)
+
+
+def _merge(measurements: Sequence[Measurement]) -> list[Measurement]:
+    found: dict[tuple[str, int, int], list[float]] = {}
+    for m in measurements:
+        found.setdefault((m.table, m.num_ranks, m.nbytes), []).append(m.seconds)
+    return [Measurement(*key, statistics.fmean(found[key])) for key in sorted(found)]
+
+
+def _of_two_sizes(points: list[Measurement]) -> list[Measurement]:
+    if len({m.nbytes for m in points}) < 2:
+        raise ValueError(
+            "a calibration needs collectives of at least two sizes: got "
+            f"{points[0].nbytes} bytes alone in {points[0].table}. Measure more sizes."
+        )
+    return points
+
+
+# The formulas of include/mics/cost_model.h, linear in what is fitted; the last is 1 / bandwidth.
+def _intra_row(m: Measurement) -> tuple[float, ...]:
+    return (m.num_ranks - 1.0, (m.num_ranks - 1) / m.num_ranks * m.nbytes)
+
+
+def _intra_steps(m: Measurement, k: int) -> int:
+    return m.num_ranks - m.num_ranks // k if m.table == "flat" else 0
+
+
+def _inter_row(m: Measurement, k: int) -> tuple[float, ...]:
+    p, is_flat = m.num_ranks, m.table == "flat"
+    moved = (p - 1 if is_flat else p - k) / p * m.nbytes
+    return (float(is_flat), float(not is_flat), p // k - 1.0, moved)
+
+
+def _fit(rows: Sequence[tuple[float, tuple[float, ...]]]) -> tuple[float, ...]:
+    """Least squares of relative errors without negative numbers, and with the last above 0.
+
+    There are few unknowns: every set of them is solved, and the best solution without a negative is it.
+    """
+    size = len(rows[0][1])
+    scaled = [(1.0, [x / max(t, 1e-12) for x in row]) for t, row in rows if t > 0]
+    best, best_loss = [0.0] * size, float("inf")
+    for count in range(size):
+        # More unknowns later, and they must be better to be taken.
+        for others in itertools.combinations(reversed(range(size - 1)), count):
+            chosen = [*sorted(others), size - 1]
+            solved = _solve(
+                [[sum(r[i] * r[j] for _, r in scaled) for j in chosen] for i in chosen],
+                [sum(t * r[i] for t, r in scaled) for i in chosen],
+            )
+            if solved is None or min(solved) < 0 or solved[-1] <= 0:
+                continue
+            tried = [0.0] * size
+            for i, value in zip(chosen, solved, strict=True):
+                tried[i] = value
+            loss = sum(
+                (t - sum(a * b for a, b in zip(r, tried, strict=True))) ** 2 for t, r in scaled
+            )
+            if loss < best_loss * (1 - 1e-9):
+                best, best_loss = tried, loss
+    return tuple(best)
+
+
+def _solve(matrix: list[list[float]], right: list[float]) -> list[float] | None:
+    """Gauss with pivots, on rows scaled to 1 in the diagonal; None when it has no one solution."""
+    size = len(right)
+    scales = [matrix[i][i] ** 0.5 for i in range(size)]
+    if min(scales) == 0:
+        return None
+    work = [
+        [matrix[i][j] / scales[i] / scales[j] for j in range(size)] + [right[i] / scales[i]]
+        for i in range(size)
+    ]
+    for column in range(size):
+        pivot = max(range(column, size), key=lambda row: abs(work[row][column]))
+        if abs(work[pivot][column]) < 1e-9:
+            return None
+        work[column], work[pivot] = work[pivot], work[column]
+        for row in range(column + 1, size):
+            factor = work[row][column] / work[column][column]
+            for i in range(column, size + 1):
+                work[row][i] -= factor * work[column][i]
+    solved = [0.0] * size
+    for i in reversed(range(size)):
+        rest = sum(work[i][j] * solved[j] for j in range(i + 1, size))
+        solved[i] = (work[i][size] - rest) / work[i][i]
+    return [x / scale for x, scale in zip(solved, scales, strict=True)]
+
+
+def measured_table(calibration: Calibration, base: Calibration) -> TextTable:
+    """Gives each measured collective beside the fitted formula and what the base predicts."""
+    fitted, expected = calibration.cluster(0), base.cluster(0)
+    # The formulas alone; a table would repeat its own points. Nodes are those of the measured cluster.
+    expected.machine.ranks_per_node = fitted.machine.ranks_per_node
+    formulas = {
+        "flat": _C.flat_seconds,
+        "rail_hop": _C.rail_hop_seconds,
+        "intra_hop": _C.intra_hop_seconds,
+    }
+    rows = []
+    for name, table in calibration.tables.items():
+        for ranks, nbytes, seconds in table.points:
+            ours = formulas[name](fitted.machine, ranks, nbytes)
+            theirs = formulas[name](expected.machine, ranks, nbytes)
+            far = abs(seconds / theirs - 1) > FAR_OFF if theirs else True
+            rows.append(
+                (
+                    name,
+                    str(ranks),
+                    f"{nbytes / 1e6:.3f}",
+                    f"{1e3 * seconds:.3f}",
+                    percent(ours / seconds - 1),
+                    percent(theirs / seconds - 1),
+                    f"over {100 * FAR_OFF:.0f}% off" if far else "",
+                )
+            )
+    columns = ("collective", "ranks", "MB", "ms", "formula", base.instance, "")
+    return TextTable("Measured, and how far off the predictions are", columns, rows)

@@ -1,0 +1,125 @@
+"""What a sharded model's steps should move, by communicator and tier: the formulas on its own units."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch.distributed as dist
+
+from torch_mics import _C
+from torch_mics._context import Context
+from torch_mics._unit import ShardedUnit
+
+COMMUNICATORS = ("gather/rail", "gather/intra", "reduce/rail", "reduce/intra", "replicate")
+TIERS = ("intra", "inter")  # to ranks of the same node, and of others
+
+Bytes = dict[tuple[str, str], int]  # by communicator and tier
+
+
+@dataclasses.dataclass(frozen=True)
+class StepShape:
+    """How a step was made of backwards."""
+
+    num_microsteps: int
+    num_boundaries: int  # of them, those that synchronised the replicas
+
+
+def expected_bytes(context: Context, shape: StepShape) -> Bytes:
+    """Gives the bytes that this rank receives in one step; all units must be used once per micro-step."""
+    total: Bytes = dict.fromkeys(((name, tier) for name in COMMUNICATORS for tier in TIERS), 0)
+    for unit in context.units:
+        if unit.handle is None or not unit.parameters:
+            continue
+        step = _step_bytes(unit, shape)
+        made = context.communicators[unit.groups.variant(unit.hierarchical)]
+        for communicator in made.all():
+            name = communicator.name
+            nbytes = getattr(step, name.replace("/", "_"))
+            # An all-reduce is a reduce-scatter and an all-gather of as many bytes.
+            share = {"gather": 1.0, "reduce": 0.0, "replicate": 0.5}[name.partition("/")[0]]
+            gathered = int(share * nbytes)
+            inside = _from_same_node(
+                communicator, unit.groups.topology, gathered, nbytes - gathered
+            )
+            total[name, "intra"] += inside
+            total[name, "inter"] += nbytes - inside
+    return total
+
+
+def _from_same_node(
+    communicator: _C.Communicator, topology: _C.Topology, gathered: int, reduced: int
+) -> int:
+    """Of what a rank receives, the bytes that come from ranks of its node."""
+    if communicator.size == 1:
+        return 0
+    nodes = [topology.node_of(rank) for rank in communicator.world_ranks]
+    mine = nodes[communicator.rank]
+    beside, others = nodes.count(mine) - 1, communicator.size - 1
+    inside = reduced * beside // others
+    if not communicator.gathers_in_ring:
+        return inside + gathered * beside // others
+    return inside + (gathered if nodes[communicator.rank - 1] == mine else 0)
+
+
+def counted_bytes(context: Context) -> Bytes:
+    """Gives the same of the counters, since the communicators were made."""
+    counters = context.traffic()
+    return {
+        (name, tier): counters[name][f"received_{tier}_nbytes"] if name in counters else 0
+        for name in COMMUNICATORS
+        for tier in TIERS
+    }
+
+
+def unit_size(unit: ShardedUnit) -> _C.UnitSize:
+    """The lengths and element sizes of a unit on the wire; sums over replicas are at least in fp32."""
+    layout, trainable = unit.layout(), unit.layout(only_trainable=True)
+    return _C.UnitSize(
+        shard_numel=layout.shard_numel,
+        payload_numel=layout.payload_numel,
+        gradient_shard_numel=trainable.shard_numel,
+        gradient_payload_numel=trainable.payload_numel,
+        parameter_nbytes=unit.parameter_dtype.itemsize,
+        gradient_nbytes=unit.reduce_dtype.itemsize,
+        replicate_nbytes=max(4, unit.reduce_dtype.itemsize),
+    )
+
+
+def residency_of(unit: ShardedUnit) -> _C.ResidencySettings:
+    """How a unit rests, with what amounts to it: gradients kept full, no gather in backward."""
+    assert unit.handle is not None
+    settings = unit.handle.settings
+    residency = _C.ResidencySettings(
+        after_forward=settings.residency.after_forward,
+        between_microsteps=settings.residency.between_microsteps,
+        gradient_accumulation=settings.residency.gradient_accumulation,
+    )
+    if unit.settings.accumulate == "local":
+        residency.gradient_accumulation = _C.Residency.FULL
+    if not settings.unshard_in_backward:
+        residency.after_forward = _C.Residency.FULL
+    return residency
+
+
+def _step_bytes(unit: ShardedUnit, shape: StepShape) -> _C.StepBytes:
+    topology = unit.groups.topology
+    residency = residency_of(unit)
+    hops = _C.count_hops(residency, shape.num_microsteps, topology.replication_size)
+    hops.replicate *= shape.num_boundaries
+    # The formula has one boundary; what waits for it is reduced at each.
+    if residency.gradient_accumulation == _C.Residency.FULL:
+        hops.reduce_intra = shape.num_boundaries
+    if residency.gradient_accumulation != _C.Residency.SHARD:
+        hops.reduce_rail = shape.num_boundaries
+    if not any(parameter.sharded.requires_grad for parameter in unit.parameters):
+        # No optimizer writes the shard: what is kept from step to step stays right.
+        if residency.between_microsteps != _C.Residency.SHARD:
+            hops.gather_rail = 0
+        if residency.between_microsteps == _C.Residency.FULL:
+            hops.gather_intra = 0
+    if topology.partition_size == 1 and unit.parameter_dtype == unit.dtype:
+        hops.gather_rail = hops.gather_intra = 0  # the shard is the full parameters
+    group = topology.rail_group(dist.get_rank(), unit.groups.variant(unit.hierarchical))
+    num_nodes = len(group)
+    local = topology.partition_size // num_nodes
+    return _C.step_bytes(unit_size(unit), (num_nodes, local), topology.replication_size, hops)
