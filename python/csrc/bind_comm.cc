@@ -61,9 +61,19 @@ void bind_comm(py::module_& module) {
                                                                  "failed"};
                                return kNames[static_cast<size_t>(self.state)];
                              })
-      .def_property_readonly("seconds", [](const LoggedOperation& self) -> std::optional<double> {
-        if (self.state < LoggedOperation::State::kFinished) return std::nullopt;
-        return Seconds(self.ended_at - self.started_at).count();
+      // Of the monotonic clock, in seconds: as time.monotonic().
+      .def_property_readonly("issued_at",
+                             [](const LoggedOperation& self) {
+                               return Seconds(self.issued_at.time_since_epoch()).count();
+                             })
+      .def_property_readonly("started_at",
+                             [](const LoggedOperation& self) -> std::optional<double> {
+                               if (self.state < LoggedOperation::State::kStarted) return {};
+                               return Seconds(self.started_at.time_since_epoch()).count();
+                             })
+      .def_property_readonly("ended_at", [](const LoggedOperation& self) -> std::optional<double> {
+        if (self.state < LoggedOperation::State::kFinished) return {};
+        return Seconds(self.ended_at.time_since_epoch()).count();
       });
   py::class_<FlightLog, std::shared_ptr<FlightLog>>(module, "FlightLog")
       .def("operations", &FlightLog::operations);

@@ -8,6 +8,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy  # noqa: 
 
 from torch_mics import checkpoint, collectives, optim  # noqa: E402
 from torch_mics._C import CommError, InternalError, TimeoutError  # noqa: E402
+from torch_mics._flight import export_chrome_trace, flight_log  # noqa: E402
 from torch_mics._full_state import full_state_dict, load_full_state_dict  # noqa: E402
 from torch_mics._fully_shard import fully_shard  # noqa: E402
 from torch_mics._groups import init_mesh  # noqa: E402
@@ -17,7 +18,7 @@ from torch_mics._shard_model import shard_model  # noqa: E402
 from torch_mics._training import (  # noqa: E402
     backends,
     clip_grad_norm_,
-    flight_log,
+    describe,
     memory,
     microbatch,
     traffic,
@@ -48,6 +49,8 @@ __all__ = [
     "checkpoint",
     "clip_grad_norm_",
     "collectives",
+    "describe",
+    "export_chrome_trace",
     "flight_log",
     "full_state_dict",
     "fully_shard",

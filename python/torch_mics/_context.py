@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch_mics import _C
 from torch_mics._exchange import check_same, exchange
 from torch_mics._groups import Communicators, flight_log
 from torch_mics._unit import ShardedUnit
+
+_log = logging.getLogger("torch_mics")
 
 
 def units_of(module: nn.Module) -> list[ShardedUnit]:
@@ -48,6 +51,27 @@ class Context:
         self.control = root_unit.groups.control()
         self.streams = root_unit.groups.streams(root_unit.shard.device)
         self._make_engine()
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        if rank == 0 and _log.isEnabledFor(logging.INFO):
+            _log.info(self.describe())
+
+    def describe(self) -> str:
+        """The start-up report: what the model runs with, and what was asked for and not obtained."""
+        topology = self.root_unit.groups.topology
+        variants = " and ".join(sorted(variant.name.lower() for variant in self.communicators))
+        numel = sum(parameter.sizes.numel() for unit in self.units for parameter in unit.parameters)
+        lines = [
+            f"torch_mics {_C.version}, built for torch {_C.built_for_torch}",
+            f"groups: {topology.replication_size} replicas over partition groups of "
+            f"{topology.partition_size}, {variants}; {topology.describe_nodes()}",
+            f"units: {len(self.units)} of {numel:,} parameters in {self.root_unit.dtype}, computed in "
+            f"{self.root_unit.parameter_dtype}, reduced in {self.root_unit.reduce_dtype}",
+        ]
+        lines += [f"{name}: {carried}" for name, carried in self.backends().items()]
+        memory = self.engine.memory()
+        parts = ", ".join(f"{part.name} {part.nbytes:,}" for part in memory.parts)
+        lines.append(f"memory: {memory.nbytes:,} bytes ({parts or 'none'})")
+        return "\n  ".join(lines)
 
     def _absorb_older_contexts(self) -> None:
         """Takes over units whose own forward ran before the root's."""

@@ -72,6 +72,18 @@ class MiCSModule(FSDPModule):
         self._unit.repack()
         return result
 
+    def extra_repr(self) -> str:
+        """Adds to the module's own line what its unit is."""
+        unit = self._unit
+        topology = unit.groups.topology
+        variant = unit.groups.variant(unit.hierarchical).name.lower()
+        sharded = (
+            f"mics: {len(unit.parameters)} parameters over {topology.partition_size} of "
+            f"{topology.world_size} ranks, {variant}"
+        )
+        own = super().extra_repr()  # type: ignore[misc]
+        return f"{own}, {sharded}" if own else sharded
+
     # --- parameters ----------------------------------------------------------------------------------
 
     def unshard(self, async_op: bool = False) -> UnshardHandle | None:  # type: ignore[override]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -130,22 +129,6 @@ def _reduce_norm(norm: torch.Tensor, norm_type: float, mesh: DeviceMesh) -> torc
     return powered ** (1.0 / norm_type)
 
 
-def flight_log(model: nn.Module) -> list[dict[str, Any]]:
-    """Gives this rank's last collectives, oldest first; at most 256, of all models of the session.
-
-    Keys: number (in its group, from 1), group (name and world ranks), op, unit, nbytes, state ("issued",
-    "started", "finished" or "failed") and seconds (None before the end). Empty in a world of one.
-    """
-    unit: ShardedUnit = check_sharded(model, "flight_log")._unit
-    if unit.context is None or unit.context.flight_log is None:
-        return []
-    fields = ("number", "group", "op", "unit", "nbytes", "state", "seconds")
-    return [
-        {field: getattr(operation, field) for field in fields}
-        for operation in unit.context.flight_log.operations()
-    ]
-
-
 def traffic(model: nn.Module) -> dict[str, dict[str, int]]:
     """Gives this rank's calls and bytes since the first forward, by communicator.
 
@@ -170,6 +153,15 @@ def memory(model: nn.Module) -> dict[str, int]:
     planned = context.engine.memory()
     parts = {part.name: part.nbytes for part in planned.parts}
     return {**parts, "beside the plan": planned.grown_nbytes}
+
+
+def describe(model: nn.Module) -> str:
+    """Gives the start-up report: groups, units, what carries each communicator, planned memory.
+
+    Rank 0 also logs it at the first forward, by the logger "torch_mics" at level INFO. Collective before
+    the first forward.
+    """
+    return check_sharded(model, "describe")._context().describe()
 
 
 def backends(model: nn.Module) -> dict[str, str]:

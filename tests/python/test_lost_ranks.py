@@ -134,6 +134,7 @@ def test_flight_log_lists_the_collectives_of_a_step():
         assert all(entry["op"] == "all_gather" and entry["nbytes"] > 0 for entry in rails)
         finished = [entry for entry in log if entry["state"] == "finished"]
         assert len(finished) >= len(log) - 1  # the flags' sum may be under way
-        assert all(entry["seconds"] >= 0 for entry in finished)
+        for entry in finished:
+            assert entry["issued_at"] <= entry["started_at"] <= entry["ended_at"]
     orders = [[(e["op"], e["unit"]) for e in log if "gather" in e["group"]] for log in logs]
     assert all(order == orders[0] for order in orders)

@@ -1,0 +1,83 @@
+"""What a user can look at: the start-up report, repr, the flight log as a trace."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import tempfile
+from pathlib import Path
+
+import pytest
+from support.bodies import NUM_UNITS, Stack, make, on_ranks, shard, value_of
+
+import torch_mics as mics
+
+
+@on_ranks()
+def test_trace_has_a_bar_per_collective_in_a_row_per_group(world):
+    model = shard(world, make(Stack))
+    value_of(model, world.rank).backward()
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "trace.json")
+        mics.export_chrome_trace(model, path)
+        events = json.loads(path.read_text())["traceEvents"]
+    rows = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    bars = [e for e in events if e["ph"] == "X"]
+    log = mics.flight_log(model)
+    assert set(rows.values()) <= {entry["group"] for entry in log}
+    reductions = [b for b in bars if rows[b["tid"]].startswith("reduce/intra")][-NUM_UNITS:]
+    units = {"Stack", "layers.0", "layers.1", "layers.2"}
+    assert {bar["name"] for bar in reductions} == {f"reduce_scatter {unit}" for unit in units}
+    for bar in bars:
+        assert bar["pid"] == world.rank
+        assert bar["dur"] >= 0
+        assert bar["args"]["nbytes"] > 0
+    # One communicator is one order: its bars do not overlap.
+    for row in rows:
+        times = [(bar["ts"], bar["ts"] + bar["dur"]) for bar in bars if bar["tid"] == row]
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(times))
+
+
+class Records(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+@on_ranks()
+def test_start_up_report_is_logged_once_by_rank_0(world):
+    records, logger = Records(), logging.getLogger("torch_mics")
+    before = logger.level
+    logger.addHandler(records)
+    logger.setLevel(logging.INFO)
+    try:
+        model = shard(world, make(Stack))
+        for _ in range(2):
+            value_of(model, world.rank).backward()
+    finally:
+        logger.removeHandler(records)
+        logger.setLevel(before)
+    reports = [text for text in records.texts if "partition groups" in text]
+    assert reports == ([mics.describe(model)] if world.rank == 0 else [])
+    text = mics.describe(model)
+    assert f"{4 // world.partition_size} replicas over partition groups of" in text
+    assert f"units: {NUM_UNITS} of " in text
+    for name, carried in mics.backends(model).items():
+        assert f"{name}: {carried}" in text
+    assert f"memory: {sum(mics.memory(model).values()):,} bytes" in text
+
+
+@on_ranks()
+def test_repr_says_how_a_unit_is_sharded(world):
+    model = shard(world, make(Stack))
+    variant = "hierarchical" if world.partition_size == 4 else "flat"
+    said = f"mics: 6 parameters over {world.partition_size} of 4 ranks, {variant}"
+    assert said in repr(model.layers[0])
+    linear = mics.fully_shard(make(Stack).head, mesh=world.mesh)
+    assert "in_features=6, out_features=5, bias=True, mics: 2 parameters" in repr(linear)
+    with pytest.raises(TypeError, match="sharded"):
+        mics.describe(make(Stack))
