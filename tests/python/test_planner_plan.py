@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -122,6 +123,30 @@ def test_plan_takes_a_module_on_the_meta_device() -> None:
     assert found.arguments()["shard_size"] == found.shard_size
     assert found.ranked[0].time.total <= found.ranked[-1].time.total
     assert json.loads(json.dumps(plan_json(found)))["parameters"] == found.workload.numel
+
+
+@pytest.mark.parametrize(
+    ("residency", "arguments"),
+    [
+        (("SHARD", "SHARD", "SHARD"), (True, "shard", "two_hop")),
+        (("BLOCK", "BLOCK", "BLOCK"), (8, "block", "block")),
+        (("FULL", "BLOCK", "FULL"), (False, "block", "local")),
+    ],
+)
+def test_arguments_say_what_is_kept(
+    residency: tuple[str, str, str], arguments: tuple[bool | int, str, str]
+) -> None:
+    found = mics.plan(
+        published_model("bert_50b"), instance="p3dn", world_size=64, global_batch=8192
+    )
+    settings = found.best.settings.residency
+    settings.after_forward, settings.between_microsteps, settings.gradient_accumulation = (
+        getattr(_C.Residency, name) for name in residency
+    )
+    given = found.arguments()
+    names = ("reshard_after_forward", "keep_between_microsteps", "accumulate")
+    assert tuple(given[name] for name in names) == arguments
+    assert set(given) <= set(inspect.signature(mics.shard_model).parameters)
 
 
 def test_paper_settings_give_the_paper_choice() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from torch_mics import _C
+from torch_mics._residency import RESIDENCIES
 from torch_mics._shard_model import Units
 from torch_mics.planner._calibration import Calibration, load_calibration, shipped_instances
 from torch_mics.planner._published import tflops
@@ -74,11 +75,24 @@ class Plan:
     def arguments(self) -> dict[str, Any]:
         """Gives the best settings as arguments of shard_model()."""
         settings = self.best.settings
-        full = settings.residency.after_forward == _C.Residency.FULL
+        residency = settings.residency
+        reshard: dict[_C.Residency, bool | int] = {
+            _C.Residency.SHARD: True,
+            _C.Residency.BLOCK: int(self.calibration["ranks_per_node"]),
+            _C.Residency.FULL: False,
+        }
+        keep = {kept: name for name, kept in RESIDENCIES.items()}
+        accumulate = {
+            _C.Residency.SHARD: "two_hop",
+            _C.Residency.BLOCK: "block",
+            _C.Residency.FULL: "local",
+        }
         return {
             "shard_size": settings.partition_size,
             "hierarchical_gather": settings.gather == _C.Variant.HIERARCHICAL,
-            "reshard_after_forward": not full,
+            "reshard_after_forward": reshard[residency.after_forward],
+            "keep_between_microsteps": keep[residency.between_microsteps],
+            "accumulate": accumulate[residency.gradient_accumulation],
         }
 
 
