@@ -50,6 +50,7 @@ class Context:
                 self.communicators[variant] = root_unit.groups.communicators(variant)
         self.control = root_unit.groups.control()
         self.streams = root_unit.groups.streams(root_unit.shard.device)
+        self._has_told_of_order = False
         self._make_engine()
         rank = dist.get_rank() if dist.is_initialized() else 0
         if rank == 0 and _log.isEnabledFor(logging.INFO):
@@ -118,6 +119,7 @@ class Context:
 
     def refresh(self) -> None:
         """Makes the engine anew when parameters were frozen or unfrozen since. At a root forward."""
+        self._tell_of_order_changes()
         if self.engine.matches_requires_grad():
             return
         for unit in self.units:
@@ -131,6 +133,15 @@ class Context:
         self.engine.reset()
         _check_agreement(self.units)
         self._make_engine()
+
+    def _tell_of_order_changes(self) -> None:
+        if self._has_told_of_order or self.engine.num_order_changes == 0:
+            return
+        self._has_told_of_order = True
+        _log.warning(
+            "units have run in another order than the one recorded before: they were gathered on demand, "
+            "and the new order is recorded. Where that goes on, gathers do not run ahead of their use."
+        )
 
     def close(self) -> None:
         """Lets go of all units; the next forward makes a new context."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.bodies import NUM_UNITS, Stack, make, on_ranks, shard, value_of
+from torch import nn
 
 import torch_mics as mics
 
@@ -69,6 +70,22 @@ def test_start_up_report_is_logged_once_by_rank_0(world):
     for name, carried in mics.backends(model).items():
         assert f"{name}: {carried}" in text
     assert f"memory: {sum(mics.memory(model).values()):,} bytes" in text
+
+
+@on_ranks()
+def test_another_order_of_units_is_told_once(world):
+    records, logger = Records(), logging.getLogger("torch_mics")
+    logger.addHandler(records)
+    try:
+        model = shard(world, make(Stack))
+        for step in range(6):
+            value_of(model, world.rank).backward()
+            assert len(records.texts) == (0 if step < 4 else 1)
+            if step == 2:
+                model.layers = nn.ModuleList(reversed(list(model.layers)))
+    finally:
+        logger.removeHandler(records)
+    assert "in another order" in records.texts[0]
 
 
 @on_ranks()
