@@ -19,6 +19,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <array>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -90,6 +91,14 @@ class Engine : public std::enable_shared_from_this<Engine> {
   const RuntimeMemory& memory();
   // Times that units were used in another order than recorded.
   [[nodiscard]] int64_t num_order_changes() const { return num_order_changes_; }
+  // What the caller's thread has stood still since construction, for gathers and for reductions of
+  // a unit: communication that compute does not hide. About nothing where waits are a device's.
+  [[nodiscard]] std::chrono::nanoseconds exposed_gather(int unit) const {
+    return gathers_.exposed(unit);
+  }
+  [[nodiscard]] std::chrono::nanoseconds exposed_reduce(int unit) const {
+    return reduces_.exposed(unit);
+  }
 
  private:
   Engine(std::vector<std::shared_ptr<Unit>> units, Communicator* control,

@@ -23,6 +23,7 @@
 // Thread safety: one thread at a time. An exception leaves shards untouched; then reset().
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -52,6 +53,10 @@ class GatherPipeline {
   void finish(int unit);
   // Keeps what `rest` says; a held unit is let go of.
   void reshard(int unit, Residency rest);
+  // What finish() has stood still for gathers of the unit, on the calling thread.
+  [[nodiscard]] std::chrono::nanoseconds exposed(int unit) const {
+    return states_[static_cast<size_t>(unit)].exposed;
+  }
   // Lets go of a unit but keeps everything, for a use that is known to come.
   void keep(int unit);
   // Exempts a started unit from drop_unused() until its next finish() or reshard().
@@ -75,6 +80,7 @@ class GatherPipeline {
     bool is_held = false;
     bool is_retained = false;  // not to be dropped as unused
     bool is_awaited = false;   // compute has waited for this gather
+    std::chrono::nanoseconds exposed{0};
     std::unique_ptr<Event> block_written;
     std::unique_ptr<Event> full_written;
     // Hop 2 from last_block to last_full.

@@ -19,6 +19,7 @@
 // Thread safety: one thread at a time. Errors of queued work come out of later waits; then reset().
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -42,6 +43,10 @@ class ReducePipeline {
   void synchronize(int unit);
   // Until then hidden() must not be read. Throws what the reduction threw.
   void wait(int unit);
+  // What reduce() and wait() have stood still for the unit, on the calling thread.
+  [[nodiscard]] std::chrono::nanoseconds exposed(int unit) const {
+    return states_[static_cast<size_t>(unit)].exposed;
+  }
   // A gradient block holds a sum of earlier micro-steps.
   [[nodiscard]] bool holds_block() const;
   // Drops the unit's gradients that have not become visible.
@@ -51,6 +56,7 @@ class ReducePipeline {
 
  private:
   struct State {
+    std::chrono::nanoseconds exposed{0};
     std::unique_ptr<Event> block_summed;  // hop 1 is done; with a gradient block: added to it
     std::unique_ptr<Event> accumulated;   // pending is whole
     std::unique_ptr<Event> synchronized;  // hidden is whole

@@ -1,3 +1,4 @@
+#include <pybind11/chrono.h>
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
@@ -164,6 +165,8 @@ void bind_runtime(py::module_& module) {
       .def("release_memory", &Engine::release_memory, Release())
       .def("memory", &Engine::memory, py::return_value_policy::reference_internal, Release())
       .def_property_readonly("num_order_changes", &Engine::num_order_changes)
+      .def("exposed_gather", &Engine::exposed_gather, py::arg("unit"))
+      .def("exposed_reduce", &Engine::exposed_reduce, py::arg("unit"))
       .def("reset", &Engine::reset, Release());
 
   bind_unit_hooks(module);

@@ -155,6 +155,25 @@ def memory(model: nn.Module) -> dict[str, int]:
     return {**parts, "beside the plan": planned.grown_nbytes}
 
 
+def exposed(model: nn.Module) -> dict[str, dict[str, float]]:
+    """Gives the seconds that this rank's training thread has stood still for communication, by unit.
+
+    By name of the unit: "gather" and "reduce", since the first forward. It is what compute has not hidden,
+    waiting for slower ranks included. On CPUs; a device's own waits are not seen. torch.profiler shows the
+    same waits as ranges "torch_mics: ...". Empty before the first forward.
+    """
+    context = check_sharded(model, "exposed")._unit.context
+    if context is None:
+        return {}
+    return {
+        unit.name: {
+            "gather": context.engine.exposed_gather(unit.index).total_seconds(),
+            "reduce": context.engine.exposed_reduce(unit.index).total_seconds(),
+        }
+        for unit in context.units
+    }
+
+
 def describe(model: nn.Module) -> str:
     """Gives the start-up report: groups, units, what carries each communicator, planned memory.
 

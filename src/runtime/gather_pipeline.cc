@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "mics/check.h"
+#include "runtime/exposed_wait.h"
 
 namespace mics {
 
@@ -177,7 +178,9 @@ void GatherPipeline::finish(int index) {
   State& to = state(index);
   MICS_INTERNAL_CHECK(start_intra(index, /*may_grow=*/true), "no memory for a gather.");
   if (!finished.full_is_shard()) {
-    if (!to.is_awaited) streams_.compute->wait(*to.full_written);
+    if (!to.is_awaited) {
+      wait_exposed(*streams_.compute, *to.full_written, "gather", finished.name(), to.exposed);
+    }
     to.is_awaited = true;
     streams_.compute->note_read(to.full->memory);
   }

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "mics/check.h"
+#include "runtime/exposed_wait.h"
 
 namespace mics {
 
@@ -62,8 +63,11 @@ void ReducePipeline::reduce(int index) {
   const InFlight& in_flight = in_flight_[next_];
   next_ = (next_ + 1) % in_flight_.size();
   // The memory of the reduction that used this slot, and the gradients that it read, are free.
-  streams_.compute->wait(*in_flight.intra_done);
-  streams_.compute->wait(*in_flight.rail_done);
+  std::chrono::nanoseconds& exposed = state(index).exposed;
+  wait_exposed(*streams_.compute, *in_flight.intra_done, "earlier reduction", reduced.name(),
+               exposed);
+  wait_exposed(*streams_.compute, *in_flight.rail_done, "earlier reduction", reduced.name(),
+               exposed);
   const std::vector<at::Tensor> regions = reduced.take_full_gradients([&](int64_t numel) {
     return memory_->packed_gradients(slot, numel, reduced.reduce_dtype());
   });
@@ -171,7 +175,10 @@ void ReducePipeline::synchronize(int index) {
   stream.record(*state(index).synchronized);
 }
 
-void ReducePipeline::wait(int index) { streams_.compute->wait(*state(index).synchronized); }
+void ReducePipeline::wait(int index) {
+  wait_exposed(*streams_.compute, *state(index).synchronized, "reduction", unit(index).name(),
+               state(index).exposed);
+}
 
 bool ReducePipeline::holds_block() const {
   return std::any_of(units_.begin(), units_.end(),

@@ -6,9 +6,11 @@ import itertools
 import json
 import logging
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from support.bodies import NUM_UNITS, Stack, make, on_ranks, shard, value_of
 from torch import nn
 
@@ -70,6 +72,39 @@ def test_start_up_report_is_logged_once_by_rank_0(world):
     for name, carried in mics.backends(model).items():
         assert f"{name}: {carried}" in text
     assert f"memory: {sum(mics.memory(model).values()):,} bytes" in text
+
+
+@on_ranks()
+def test_exposed_time_is_what_a_late_rank_costs_the_others(world):
+    model = shard(world, make(Stack))
+    for _ in range(2):
+        value_of(model, world.rank).backward()
+    before = mics.exposed(model)
+    world.gather(None)  # start together
+    if world.rank == 1:
+        time.sleep(0.5)
+    start = time.monotonic()
+    value_of(model, world.rank).backward()
+    passed = time.monotonic() - start
+    now = mics.exposed(model)
+    assert set(now) == {"Stack", "layers.0", "layers.1", "layers.2"}
+    spent = {
+        kind: sum(now[unit][kind] - before[unit][kind] for unit in now)
+        for kind in ("gather", "reduce")
+    }
+    assert spent["gather"] + spent["reduce"] <= passed
+    if world.rank == 0:  # in every group with rank 1
+        assert spent["gather"] > 0.4
+
+
+@on_ranks()
+def test_profiler_sees_the_waits(world):
+    model = shard(world, make(Stack))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        value_of(model, world.rank).backward()
+    names = {event.key for event in profiler.key_averages()}
+    assert "torch_mics: gather of layers.1" in names
+    assert "torch_mics: reduction of layers.1" in names
 
 
 @on_ranks()
