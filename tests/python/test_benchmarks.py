@@ -32,7 +32,8 @@ def test_host_overhead(tmp_path: Path):
     file = tmp_path / "numbers.json"
     arguments = ("--units", "3", "--parameters", "2", "--world-sizes", "2", "--rounds", "2")
     last = run("host_overhead.py", *arguments, "--json", str(file)).splitlines()[-1]
-    printed = re.fullmatch(r"ratio ours/FSDP2 = (\d+\.\d{4})", last)
+    # Of three units the difference to the plain model may drown in noise, and be negative.
+    printed = re.fullmatch(r"ratio ours/FSDP2 = (-?\d+\.\d{4})", last)
     numbers = json.loads(file.read_text())
     assert printed is not None
     assert abs(float(printed[1]) - numbers["ratios"]["inline"]) < 1e-4
