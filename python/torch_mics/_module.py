@@ -121,12 +121,12 @@ class MiCSModule(FSDPModule):
     def set_reshard_after_backward(
         self, reshard_after_backward: bool, *, recurse: bool = True
     ) -> None:
-        """Whether backward frees the full parameters: True is "shard", False "full", as
-        set_keep_between_microsteps() has it.
+        """Whether backward frees the full parameters. A later forward gathers changed ones again.
+
+        False keeps them from backward to the next forward, which frees them as set_reshard_after_forward()
+        says; set_keep_between_microsteps("full") keeps them in between too.
         """
-        self.set_keep_between_microsteps(
-            "shard" if reshard_after_backward else "full", recurse=recurse
-        )
+        self._set("reshard_after_backward", reshard_after_backward, recurse=recurse)
 
     def set_unshard_in_backward(self, unshard_in_backward: bool) -> None:
         """Whether backward gathers this unit; False only if its backward needs no parameter."""

@@ -83,9 +83,13 @@ def _check_block(asked: str, groups: Groups, hierarchical: HierarchicalGather) -
 def residency_of(
     after_forward: _C.Residency | None, keep: str, *, is_root: bool
 ) -> tuple[_C.Residency, _C.Residency]:
-    """Gives what rests after forward and between micro-steps; the root, whose backward follows at once,
+    """Gives what rests after forward and between micro-steps.
+
+    What is kept between micro-steps is kept after forward too. The root, whose backward follows at once,
     frees nothing after forward unless asked to.
     """
     if after_forward is None:
         after_forward = _C.Residency.FULL if is_root else _C.Residency.SHARD
-    return after_forward, RESIDENCIES[keep]
+    order = list(RESIDENCIES.values())
+    between = RESIDENCIES[keep]
+    return max(after_forward, between, key=order.index), between

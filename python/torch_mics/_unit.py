@@ -56,6 +56,7 @@ class Settings:
 
     reshard_after_forward: bool | int | None = None  # None: see residency_of()
     keep_between_microsteps: str = "shard"
+    reshard_after_backward: bool = True  # False: as FSDP2, and nothing more is kept after forward
     unshard_in_backward: bool = True
     requires_gradient_sync: bool = True
     requires_all_reduce: bool = True
@@ -330,6 +331,8 @@ class ShardedUnit:
             settings.keep_between_microsteps,
             is_root=is_root,
         )
+        if not settings.reshard_after_backward:
+            residency.between_microsteps = _C.Residency.FULL
         residency.gradient_accumulation = (
             _C.Residency.BLOCK if settings.accumulate == "block" else _C.Residency.SHARD
         )

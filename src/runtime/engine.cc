@@ -244,10 +244,8 @@ void Engine::post_forward(int unit, bool failed) {
   // Inside backward the schedule alone reshards: the recomputed forward's backward is still to
   // come.
   if (open.is_recomputation) return;
-  // What is kept to the next micro-step is there in this one's backward too.
   const ResidencySettings& residency = units_[static_cast<size_t>(unit)]->settings().residency;
-  const Residency after = std::max(residency.after_forward, residency.between_microsteps);
-  rest(unit, failed ? Residency::kShard : after);
+  rest(unit, failed ? Residency::kShard : residency.after_forward);
   if (--forward_depth_ == 0) {
     forward_tape_ = nullptr;
     end_phase();

@@ -34,7 +34,10 @@ def residency(options: dict[str, Any]) -> _C.ResidencySettings:
     found = _C.ResidencySettings()
     after: object = options["reshard_after_forward"]
     after_forward = {True: _C.Residency.SHARD, False: _C.Residency.FULL}
-    found.after_forward = _C.Residency.BLOCK if after == 2 else after_forward[bool(after)]
+    keeps_block = options.get("keep_between_microsteps") == "block" and after is True
+    found.after_forward = (
+        _C.Residency.BLOCK if after == 2 or keeps_block else after_forward[bool(after)]
+    )
     found.between_microsteps = {
         "shard": _C.Residency.SHARD,
         "block": _C.Residency.BLOCK,
@@ -160,7 +163,7 @@ def test_settings_may_change_between_steps(world):
     count = calls(model)["gather/rail"]
     run_step(model, world.rank)
     assert calls(model)["gather/rail"] == count  # nobody wrote a weight
-    model.set_reshard_after_backward(True)
+    model.set_keep_between_microsteps("shard")
     model.set_reshard_after_forward(True)
     run_step(model, world.rank)
     assert calls(model)["gather/rail"] == count + 2 * MICRO_STEPS * NUM_UNITS
