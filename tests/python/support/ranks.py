@@ -46,6 +46,8 @@ def _serve(rank: int, world_size: int, connection: Connection) -> None:
         WORLD_SIZE=str(world_size),
         OMP_NUM_THREADS="1",
         GLOO_SOCKET_IFNAME="lo",
+        # No rank goes on, fails and closes its sockets while another still connects to it.
+        TORCH_DIST_INIT_BARRIER="1",
     )
     import torch
     import torch.distributed as dist
@@ -71,9 +73,16 @@ def _serve(rank: int, world_size: int, connection: Connection) -> None:
             dist.destroy_process_group()
 
 
+def _context() -> multiprocessing.context.BaseContext:
+    """Ranks are forked from a server that has imported the library and done nothing with it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch_mics", "torch.distributed.tensor", "support.models"])
+    return context
+
+
 class _Pool:
     def __init__(self, world_size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = _context()
         self.connections: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
