@@ -5,7 +5,8 @@
 //
 // Sequence of collectives: decided by the Schedule and by the recorded orders of use alone, so it
 // is the same on every rank that runs the same forwards. From the second forward and backward on,
-// gathers are started ahead in the recorded order; another order is gathered on demand, counted and
+// gathers are started ahead in the recorded order, into the phase that followed the last time too,
+// unless an optimizer step comes between; another order is gathered on demand, counted and
 // recorded anew. Every backward is an accumulation boundary for the units whose settings say so:
 // then hop 2 follows hop 1 unit by unit, and `.grad` becomes visible when the backward is over.
 //
@@ -22,6 +23,7 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -31,6 +33,7 @@
 #include "mics/runtime_memory.h"
 #include "mics/runtime_streams.h"
 #include "mics/schedule.h"
+#include "mics/step_digest.h"
 #include "mics/unit.h"
 #include "mics/use_order.h"
 
@@ -112,6 +115,13 @@ class Engine : public std::enable_shared_from_this<Engine> {
     bool is_recomputation = false;  // inside a backward
   };
 
+  enum class PhaseKind { kForward, kBackward };
+  // A phase is known by its kind and the first unit that it uses.
+  struct Phase {
+    UseOrder order;
+    Phase* next = nullptr;  // the one that followed the last time
+  };
+
   // What decides the plan of the memory.
   using MemoryKey = std::vector<std::array<bool, 3>>;
 
@@ -121,8 +131,12 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // `unit` is needed now, as the `order` of the phase goes on.
   void use(int unit);
   void gather_ahead(int unit);
+  void start_ahead();
   void rest(int unit, Residency residency);
-  void begin_phase(std::vector<UseOrder>& orders);
+  void begin_phase(PhaseKind kind);
+  void note_phase(int first_unit);
+  [[nodiscard]] bool stays_full(int unit) const;
+  [[nodiscard]] const std::vector<int>& upcoming(int depth);
   void begin_forward();
   void end_phase();
   void begin_backward();
@@ -131,6 +145,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   void reduce(int unit);
   void synchronize_pending();
   [[nodiscard]] std::vector<bool> sum_flags(const std::vector<int>& finished, int64_t num_flags);
+  void check_digest();
   [[nodiscard]] bool has_failed() const;
   void reset_pipelines();
   [[nodiscard]] bool backward_died() const;
@@ -142,21 +157,22 @@ class Engine : public std::enable_shared_from_this<Engine> {
   const std::shared_ptr<RuntimeStreams> streams_;
 
   Schedule schedule_;
+  StepDigest digest_;
   GatherPipeline gathers_;
   ReducePipeline reduces_;
   std::unique_ptr<RuntimeMemory> memory_;
   MemoryKey memory_key_;
   // Of control_'s all-reduce of flags.
-  at::Tensor flags_;
   const std::unique_ptr<Event> flags_written_;
   std::unique_ptr<Event> flags_summed_;
   std::vector<std::vector<int>> forward_prefetch_;   // per unit
   std::vector<std::vector<int>> backward_prefetch_;  // per unit
-  // Recorded orders of phases that begin with unit i.
-  std::vector<UseOrder> forward_orders_;
-  std::vector<UseOrder> backward_orders_;
-  std::vector<UseOrder>* phase_orders_ = nullptr;  // of the open phase
-  UseOrder* order_ = nullptr;                      // of the open phase, from its first use on
+  std::array<std::vector<Phase>, 2> phases_;         // by kind and first unit
+  std::optional<PhaseKind> phase_kind_;              // of the open phase
+  Phase* phase_ = nullptr;                           // the open one, from its first use on
+  Phase* last_phase_ = nullptr;    // the one before it, where gathers cross its end
+  bool looks_past_phase_ = false;  // gathers cross the end of the open phase
+  std::vector<int> upcoming_;      // what upcoming() gave
   int64_t num_order_changes_ = 0;
   std::vector<std::vector<OpenCall>> open_calls_;  // per unit, innermost last
   int forward_depth_ = 0;                          // open forwards outside backward

@@ -31,14 +31,16 @@
 
 #include "mics/runtime_memory.h"
 #include "mics/runtime_streams.h"
+#include "mics/step_digest.h"
 #include "mics/unit.h"
 
 namespace mics {
 
 class GatherPipeline {
  public:
-  // All outlive the pipeline.
-  GatherPipeline(const std::vector<std::shared_ptr<Unit>>& units, RuntimeStreams& streams);
+  // All outlive the pipeline. What it starts is noted in `digest`.
+  GatherPipeline(const std::vector<std::shared_ptr<Unit>>& units, RuntimeStreams& streams,
+                 StepDigest& digest);
   // Where gathers go; to be set before the first start. Only while nothing is held or started.
   void set_memory(RuntimeMemory* memory) { memory_ = memory; }
 
@@ -63,17 +65,24 @@ class GatherPipeline {
   void retain(int unit);
   // Frees what was started or kept for a use that did not come.
   void drop_unused();
+  // The unit's full parameters are current, in memory of its own, and not only started ahead.
+  [[nodiscard]] bool is_kept_full(int unit) const;
+  [[nodiscard]] bool is_held(int unit) const { return states_[static_cast<size_t>(unit)].is_held; }
   // Some module holds full parameters.
   [[nodiscard]] bool holds_any() const;
   // Drops everything, and forgets the memory. The streams must be empty.
   void reset();
 
  private:
+  // Hop 2 from one block to one full slot; they tell the slots apart by their addresses.
+  struct Pairs {
+    const void* full = nullptr;
+    const void* block = nullptr;
+    std::vector<TensorPair> pairs;
+  };
   struct State {
     Slot* full = nullptr;
     Slot* block = nullptr;
-    const Slot* last_full = nullptr;  // of the last gather: the same one needs no new pairs
-    const Slot* last_block = nullptr;
     std::optional<int64_t> full_version;  // of the shard that was gathered; nullopt: nothing
     std::optional<int64_t> block_version;
     int64_t ordered_version = -1;  // gathers wait for compute's writes up to it
@@ -83,10 +92,7 @@ class GatherPipeline {
     std::chrono::nanoseconds exposed{0};
     std::unique_ptr<Event> block_written;
     std::unique_ptr<Event> full_written;
-    // Hop 2 from last_block to last_full.
-    std::vector<TensorPair> pairs;
-    const void* pairs_full = nullptr;
-    const void* pairs_block = nullptr;
+    std::vector<Pairs> pairs;  // of the slots met so far
   };
 
   [[nodiscard]] Unit& unit(int index) { return *units_[static_cast<size_t>(index)]; }
@@ -102,6 +108,7 @@ class GatherPipeline {
 
   const std::vector<std::shared_ptr<Unit>>& units_;
   RuntimeStreams& streams_;
+  StepDigest& digest_;
   RuntimeMemory* memory_ = nullptr;
   const std::unique_ptr<Event> shards_written_;
   std::vector<State> states_;

@@ -26,15 +26,16 @@
 
 #include "mics/runtime_memory.h"
 #include "mics/runtime_streams.h"
+#include "mics/step_digest.h"
 #include "mics/unit.h"
 
 namespace mics {
 
 class ReducePipeline {
  public:
-  // All outlive the pipeline.
+  // All outlive the pipeline. What it starts is noted in `digest`.
   ReducePipeline(const std::vector<std::shared_ptr<Unit>>& units, const Depths& depths,
-                 RuntimeStreams& streams);
+                 RuntimeStreams& streams, StepDigest& digest);
   void set_memory(RuntimeMemory* memory) { memory_ = memory; }
 
   // Takes the unit's full gradients. Those that are missing on this rank count as zeros.
@@ -76,6 +77,7 @@ class ReducePipeline {
 
   const std::vector<std::shared_ptr<Unit>>& units_;
   RuntimeStreams& streams_;
+  StepDigest& digest_;
   RuntimeMemory* memory_ = nullptr;
   std::vector<State> states_;
   std::unique_ptr<Event> gradients_ready_;

@@ -5,6 +5,7 @@
 //   block slots      node blocks between the two hops of a gather, in rotation
 //   blocks, kept     node blocks of units that rest as block
 //   gradient blocks  sums of reduce's hop 1 over micro-steps, where hop 2 runs once per step
+//   flags            which parameters some rank used, for the sum of a boundary
 //   reductions       per reduction in flight: a node block and gradients that have to be packed
 //
 // Sizes follow from the units alone, so they are the same on every rank. What does not fit at run
@@ -42,6 +43,7 @@ struct Slot {
   std::unique_ptr<Event> free;  // marked when its last reader is done
   bool is_taken = false;
   bool is_planned = true;  // false: an allocation of its own, freed when given back
+  int64_t given_back = 0;  // when it was, in the order of the pool; 0: never used
   // The first `numel` elements of `dtype`.
   [[nodiscard]] at::Tensor as(at::ScalarType dtype, int64_t numel) const;
 };
@@ -51,9 +53,9 @@ class SlotPool {
  public:
   explicit SlotPool(Stream& events) : events_(events) {}
   void add(at::Tensor memory);
-  // The slot `preferred`, if it is free and fits, else the smallest free one that fits. Null when
-  // there is none.
-  [[nodiscard]] Slot* take(int64_t nbytes, const Slot* preferred);
+  // The smallest free slot that fits; of several, the one given back longest ago: its last reader
+  // is most likely done, so that filling it does not wait. Null when there is none.
+  [[nodiscard]] Slot* take(int64_t nbytes);
   // A slot with memory of its own.
   [[nodiscard]] Slot* grow(int64_t nbytes, at::Device device);
   void give_back(Slot* slot);
@@ -61,6 +63,7 @@ class SlotPool {
  private:
   Stream& events_;
   std::list<Slot> slots_;  // addresses stay
+  int64_t num_given_back_ = 0;
 };
 
 // One part of the allocation, for reports.
@@ -72,9 +75,9 @@ struct MemoryPart {
 
 class RuntimeMemory {
  public:
-  // Allocates. `events` makes the slots' events and outlives this.
+  // Allocates. `events` makes the slots' events and outlives this. `num_flags`: int64 elements.
   RuntimeMemory(const std::vector<std::shared_ptr<Unit>>& units, const Depths& depths,
-                Stream& events);
+                Stream& events, int64_t num_flags);
   RuntimeMemory(const RuntimeMemory&) = delete;
   RuntimeMemory& operator=(const RuntimeMemory&) = delete;
 
@@ -91,6 +94,8 @@ class RuntimeMemory {
   // next call for the same index.
   [[nodiscard]] at::Tensor reduce_block(int index, int64_t numel, at::ScalarType dtype);
   [[nodiscard]] at::Tensor packed_gradients(int index, int64_t numel, at::ScalarType dtype);
+  // [num_flags], int64.
+  [[nodiscard]] const at::Tensor& flags() const { return flags_; }
   // A full slot or block slot beside the plan.
   [[nodiscard]] Slot* grow_full(int64_t nbytes);
   [[nodiscard]] Slot* grow_block(int64_t nbytes);
@@ -122,6 +127,7 @@ class RuntimeMemory {
   SlotPool block_slots_;
   std::vector<Home> homes_;
   std::vector<Reduction> reductions_;
+  at::Tensor flags_;
   std::vector<MemoryPart> parts_;
   int64_t nbytes_ = 0;
   int64_t num_grown_ = 0;

@@ -29,6 +29,8 @@ class UseOrder {
 
   // The next units of the record, at most `depth`, soonest first.
   [[nodiscard]] std::span<const int> upcoming(int depth) const;
+  // The first units of the record, at most `depth`.
+  [[nodiscard]] std::span<const int> first(int depth) const;
 
  private:
   std::vector<int> recorded_;

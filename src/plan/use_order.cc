@@ -19,6 +19,10 @@ bool UseOrder::end() {
   return is_complete;
 }
 
+std::span<const int> UseOrder::first(int depth) const {
+  return std::span(recorded_).first(std::min(recorded_.size(), static_cast<size_t>(depth)));
+}
+
 std::span<const int> UseOrder::upcoming(int depth) const {
   const size_t left = recorded_.size() - position_;
   return std::span(recorded_).subspan(position_, std::min(left, static_cast<size_t>(depth)));

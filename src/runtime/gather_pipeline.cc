@@ -10,10 +10,18 @@
 
 namespace mics {
 
+namespace {
+
+// More than the slots that a unit meets in rotation; slots beside the plan come and go.
+constexpr size_t kMaxKnownPairs = 16;
+
+}  // namespace
+
 GatherPipeline::GatherPipeline(const std::vector<std::shared_ptr<Unit>>& units,
-                               RuntimeStreams& streams)
+                               RuntimeStreams& streams, StepDigest& digest)
     : units_(units),
       streams_(streams),
+      digest_(digest),
       shards_written_(streams.compute->make_event()),
       states_(units.size()) {
   for (size_t i = 0; i < units.size(); ++i) make_events(static_cast<int>(i));
@@ -48,7 +56,7 @@ bool GatherPipeline::take_block(int index, bool may_grow) {
   if (taken.block != nullptr) return true;
   const int64_t nbytes = unit(index).block_nbytes();
   taken.block = memory_->block_home(index);
-  if (taken.block == nullptr) taken.block = memory_->block_slots().take(nbytes, taken.last_block);
+  if (taken.block == nullptr) taken.block = memory_->block_slots().take(nbytes);
   if (taken.block == nullptr && may_grow) taken.block = memory_->grow_block(nbytes);
   return taken.block != nullptr;
 }
@@ -58,7 +66,7 @@ bool GatherPipeline::take_full(int index, bool may_grow) {
   if (taken.full != nullptr) return true;
   const int64_t nbytes = unit(index).full_nbytes();
   taken.full = memory_->full_home(index);
-  if (taken.full == nullptr) taken.full = memory_->full_slots().take(nbytes, taken.last_full);
+  if (taken.full == nullptr) taken.full = memory_->full_slots().take(nbytes);
   if (taken.full == nullptr && may_grow) taken.full = memory_->grow_full(nbytes);
   return taken.full != nullptr;
 }
@@ -67,7 +75,6 @@ void GatherPipeline::free_block(int index) {
   State& taken = state(index);
   taken.block_version.reset();
   if (taken.block == nullptr) return;
-  taken.last_block = taken.block;
   if (taken.block != memory_->block_home(index)) memory_->block_slots().give_back(taken.block);
   taken.block = nullptr;
 }
@@ -82,7 +89,6 @@ void GatherPipeline::free_full(int index) {
   if (taken.full == nullptr) return;
   streams_.compute->note_read(taken.full->memory);
   streams_.compute->record(*taken.full->free);
-  taken.last_full = taken.full;
   if (taken.full != memory_->full_home(index)) memory_->full_slots().give_back(taken.full);
   taken.full = nullptr;
 }
@@ -114,7 +120,10 @@ bool GatherPipeline::start_rail(int index, bool may_grow) {
       own.copy_(shard);
     });
   }
-  if (hops.rail != nullptr) hops.rail->all_gather(block, own, stream, started.name());
+  if (hops.rail != nullptr) {
+    digest_.note(StepDigest::Launch::kGatherRail, index);
+    hops.rail->all_gather(block, own, stream, started.name());
+  }
   stream.record(*to.block_written);
   to.block_version = version;
   return true;
@@ -126,18 +135,22 @@ const std::vector<TensorPair>& GatherPipeline::pairs_of(int index) {
   const at::Tensor& from = to.block != nullptr ? to.block->memory : started.shard();
   const void* full_data = to.full->memory.const_data_ptr();
   const void* block_data = from.const_data_ptr();
-  if (to.pairs_full == full_data && to.pairs_block == block_data) return to.pairs;
+  const auto kept = std::find_if(to.pairs.begin(), to.pairs.end(), [&](const Pairs& known) {
+    return known.full == full_data && known.block == block_data;
+  });
+  if (kept != to.pairs.end()) return kept->pairs;
   const ShardLayout& layout = started.layout();
   const HopCommunicators& hops = started.communicators().gather;
   const at::Tensor block =
       to.block == nullptr
           ? from
           : to.block->as(started.parameter_dtype(), hops.num_nodes() * layout.shard_numel());
-  to.pairs = gather_pairs(layout, block,
-                          to.full->as(started.parameter_dtype(), layout.full_numel()), hops);
-  to.pairs_full = full_data;
-  to.pairs_block = block_data;
-  return to.pairs;
+  if (to.pairs.size() == kMaxKnownPairs) to.pairs.erase(to.pairs.begin());
+  to.pairs.push_back(
+      {full_data, block_data,
+       gather_pairs(layout, block, to.full->as(started.parameter_dtype(), layout.full_numel()),
+                    hops)});
+  return to.pairs.back().pairs;
 }
 
 bool GatherPipeline::start_intra(int index, bool may_grow) {
@@ -164,8 +177,9 @@ bool GatherPipeline::start_intra(int index, bool may_grow) {
   if (started.num_nodes() > 1) stream.wait(*to.block_written);
   stream.wait(*to.full->free);
   const std::vector<TensorPair>& pairs = pairs_of(index);
-  if (!pairs.empty())
-    started.communicators().gather.intra->all_gather(pairs, stream, started.name());
+  Communicator& intra = *started.communicators().gather.intra;
+  if (intra.group().size() > 1) digest_.note(StepDigest::Launch::kGatherIntra, index);
+  if (!pairs.empty()) intra.all_gather(pairs, stream, started.name());
   stream.record(*to.full_written);
   if (to.block != nullptr) stream.record(*to.block->free);
   if (!started.keeps_block()) free_block(index);
@@ -216,6 +230,12 @@ void GatherPipeline::drop_unused() {
     if (kept.full_version.has_value()) free_full(index);
     if (!unit(index).keeps_block()) free_block(index);
   }
+}
+
+bool GatherPipeline::is_kept_full(int index) const {
+  const State& kept = states_[static_cast<size_t>(index)];
+  return kept.is_awaited && kept.full != nullptr && kept.full == memory_->full_home(index) &&
+         kept.full_version == units_[static_cast<size_t>(index)]->shard_version();
 }
 
 bool GatherPipeline::holds_any() const {

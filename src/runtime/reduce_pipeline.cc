@@ -30,9 +30,10 @@ void accumulate(Stream& stream, const at::Tensor& sum, const at::Tensor& value, 
 }  // namespace
 
 ReducePipeline::ReducePipeline(const std::vector<std::shared_ptr<Unit>>& units,
-                               const Depths& depths, RuntimeStreams& streams)
+                               const Depths& depths, RuntimeStreams& streams, StepDigest& digest)
     : units_(units),
       streams_(streams),
+      digest_(digest),
       states_(units.size()),
       in_flight_(static_cast<size_t>(depths.reductions)) {
   make_events();
@@ -57,6 +58,7 @@ void ReducePipeline::zero_gaps(const Unit& unit, const at::Tensor& block) {
 void ReducePipeline::reduce(int index) {
   Unit& reduced = unit(index);
   if (reduced.num_trainable() == 0) return;
+  digest_.note(StepDigest::Launch::kReduce, index);
   const c10::InferenceMode no_inference(false);
   const c10::NoGradGuard no_grad;
   const int slot = static_cast<int>(next_);
@@ -135,6 +137,7 @@ void ReducePipeline::reduce_to_pending(int index, int slot,
 void ReducePipeline::synchronize(int index) {
   Unit& synchronized = unit(index);
   if (!synchronized.has_pending()) return;
+  digest_.note(StepDigest::Launch::kSynchronize, index);
   const c10::InferenceMode no_inference(false);
   const c10::NoGradGuard no_grad;
   const UnitCommunicators& communicators = synchronized.communicators();

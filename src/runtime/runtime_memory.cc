@@ -77,15 +77,14 @@ void SlotPool::add(at::Tensor memory) {
   slots_.push_back({std::move(memory), events_.make_event()});
 }
 
-Slot* SlotPool::take(int64_t nbytes, const Slot* preferred) {
+Slot* SlotPool::take(int64_t nbytes) {
   Slot* best = nullptr;
+  const auto rank = [](const Slot& slot) {
+    return std::pair(slot.memory.numel(), slot.given_back);
+  };
   for (Slot& slot : slots_) {
     if (slot.is_taken || slot.memory.numel() < nbytes) continue;
-    if (&slot == preferred) {
-      best = &slot;
-      break;
-    }
-    if (best == nullptr || slot.memory.numel() < best->memory.numel()) best = &slot;
+    if (best == nullptr || rank(slot) < rank(*best)) best = &slot;
   }
   if (best != nullptr) best->is_taken = true;
   return best;
@@ -101,11 +100,12 @@ Slot* SlotPool::grow(int64_t nbytes, at::Device device) {
 void SlotPool::give_back(Slot* slot) {
   MICS_INTERNAL_CHECK(slot->is_taken, "a slot was given back twice.");
   slot->is_taken = false;
+  slot->given_back = ++num_given_back_;
   if (!slot->is_planned) slots_.remove_if([slot](const Slot& other) { return &other == slot; });
 }
 
 RuntimeMemory::RuntimeMemory(const std::vector<std::shared_ptr<Unit>>& units, const Depths& depths,
-                             Stream& events)
+                             Stream& events, int64_t num_flags)
     : device_(units.front()->device()),
       full_slots_(events),
       block_slots_(events),
@@ -151,9 +151,12 @@ RuntimeMemory::RuntimeMemory(const std::vector<std::shared_ptr<Unit>>& units, co
     cutter.ask("full slots", nbytes,
                [this](at::Tensor memory) { full_slots_.add(std::move(memory)); });
   }
-  // Hop 2 gives a block back when it is started: one fills while another is read.
-  for (const int64_t nbytes : largest(std::move(block_sizes), depths.rail - depths.intra + 1)) {
-    cutter.ask("block slots", nbytes,
+  // Hop 2 gives a block back when it is started: one fills while another is read. They take turns,
+  // so each must fit every unit.
+  const std::vector<int64_t> blocks =
+      largest(std::move(block_sizes), depths.rail - depths.intra + 1);
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    cutter.ask("block slots", blocks.front(),
                [this](at::Tensor memory) { block_slots_.add(std::move(memory)); });
   }
   for (Reduction& reduction : reductions_) {
@@ -162,6 +165,8 @@ RuntimeMemory::RuntimeMemory(const std::vector<std::shared_ptr<Unit>>& units, co
     cutter.ask("packed gradients", packed_nbytes,
                [&reduction](at::Tensor memory) { reduction.packed = std::move(memory); });
   }
+  cutter.ask("flags", num_flags * static_cast<int64_t>(sizeof(int64_t)),
+             [this](const at::Tensor& memory) { flags_ = memory.view(at::kLong); });
   cutter.cut(device_);
   parts_ = cutter.parts();
   nbytes_ = cutter.total();

@@ -3,6 +3,8 @@
 #include <c10/core/GradMode.h>
 #include <gtest/gtest.h>
 
+#include <array>
+
 #include "mics/engine.h"
 #include "mics/error.h"
 #include "support/chain_model.h"
@@ -81,14 +83,67 @@ TEST(Prefetch, SecondBackwardStartsGathersAhead) {
   on_two_nodes([](LocalWorld& world, int rank) {
     Model model(world, kTwoNodes, rank);
     model.forward_nested(batch(rank, 0)).sum().backward();
-    const at::Tensor out = model.forward_nested(batch(rank, 1));
     const int64_t intra = model.gather().intra().calls;
+    const at::Tensor out = model.forward_nested(batch(rank, 1));
+    // The root's, which backward needs first, is started when forward lets go of it.
+    ASSERT_EQ(model.gather().intra().calls - intra, kNumLayers + 1);
     int64_t at_first_gradient = 0;
     // Called after the hook of the engine, which was registered first.
     out.register_hook([&](const at::Tensor&) { at_first_gradient = model.gather().intra().calls; });
     out.sum().backward();
-    ASSERT_EQ(at_first_gradient - intra, 2);
-    ASSERT_EQ(model.gather().intra().calls - intra, kNumLayers);
+    ASSERT_EQ(at_first_gradient - intra, kNumLayers + 2);
+    ASSERT_EQ(model.gather().intra().calls - intra, 2 * kNumLayers);
+  });
+}
+
+void set_boundary(Model& model, bool is_boundary) {
+  for (int layer = 0; layer < kNumLayers; ++layer) {
+    model.engine().unit(layer).settings().synchronize_gradients = is_boundary;
+  }
+}
+
+TEST(Prefetch, BackwardStartsTheNextMicroStepButNothingPastABoundary) {
+  on_two_nodes([](LocalWorld& world, int rank) {
+    Model model(world, kTwoNodes, rank);
+    const auto rail_calls = [&] { return model.gather().rail().calls; };
+    set_boundary(model, false);
+    for (int step = 0; step < 2; ++step) model.forward_nested(batch(rank, step)).sum().backward();
+    // The root and, one hop further, the layer after it.
+    ASSERT_EQ(rail_calls(), 4 * kNumLayers + 2);
+    set_boundary(model, true);
+    model.forward_nested(batch(rank, 2)).sum().backward();
+    ASSERT_EQ(rail_calls(), 6 * kNumLayers);
+    ASSERT_EQ(model.engine().num_order_changes(), 0);
+    ASSERT_EQ(model.engine().memory().num_grown(), 0);
+  });
+}
+
+TEST(Prefetch, NothingIsStartedPastAForwardThatDoesNotRecord) {
+  on_two_nodes([](LocalWorld& world, int rank) {
+    Model model(world, kTwoNodes, rank);
+    model.forward_nested(batch(rank, 0)).sum().backward();
+    const c10::NoGradGuard no_grad;
+    for (int step = 1; step <= 3; ++step) {
+      (void)model.forward_nested(batch(rank, 0));
+      ASSERT_EQ(model.gather().rail().calls, (2 + step) * kNumLayers);
+    }
+  });
+}
+
+TEST(Prefetch, PhaseThatDoesNotComeCostsItsFirstGatherAndChangesNoBit) {
+  on_two_nodes([](LocalWorld& world, int rank) {
+    Model model(world, kTwoNodes, rank);
+    const at::Tensor expected = model.forward_nested(batch(rank, 0)).detach();
+    for (int step = 0; step < 2; ++step) model.forward_nested(batch(rank, step)).sum().backward();
+    const int64_t before = model.gather().intra().calls;
+    // Two forwards, where a backward came the last time.
+    ASSERT_TRUE(at::equal(model.forward_nested(batch(rank, 0)), expected));
+    ASSERT_TRUE(at::equal(model.forward_nested(batch(rank, 0)), expected));
+    // One was dropped with the first guess; the second one is that another forward follows.
+    ASSERT_EQ(model.gather().intra().calls - before, 2 * kNumLayers + 2);
+    ASSERT_TRUE(at::equal(model.forward_nested(batch(rank, 0)), expected));
+    ASSERT_EQ(model.gather().intra().calls - before, 3 * kNumLayers + 2);
+    ASSERT_EQ(model.engine().memory().num_grown(), 0);
   });
 }
 
@@ -144,6 +199,65 @@ TEST(Prefetch, UnitUsedTwiceInARowIsGatheredOnce) {
     (void)model.forward_nested(batch(rank, 0), {1, 1, 2});
     ASSERT_EQ(model.gather().intra().calls - before, 3);
   });
+}
+
+// What the ranks' step ends with when rank 1 runs its layers in another order.
+std::string message_of_step(Model& model, int rank, const std::vector<int>& order) {
+  try {
+    model.forward_nested(batch(rank, 0), order).sum().backward();
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return {};
+}
+
+TEST(Digest, AnotherOrderOnOneRankIsFoundByAllAtTheBoundary) {
+  constexpr World kOneNode = {1, 3, 3, true};
+  LocalWorld world(kOneNode.size(), std::chrono::seconds(60));
+  run_ranks(kOneNode.size(), [&](int rank) {
+    Model model(world, kOneNode, rank);
+    const at::Tensor weight = model.sharded(1).clone();
+    // As many collectives, of the same sizes: nothing hangs.
+    const std::string message =
+        message_of_step(model, rank, rank == 1 ? std::vector<int>{2, 1} : std::vector<int>{1, 2});
+    const std::string expected =
+        "all ranks must run the units in the same order: collective 2 since the last boundary is "
+        "hop 2 of the gather of \"layer1\" on world_ranks [0 2], hop 2 of the gather of "
+        "\"layer2\" on world_ranks [1].";
+    ASSERT_EQ(message.substr(0, expected.size()), expected);
+    for (int layer = 0; layer < kNumLayers; ++layer) {
+      ASSERT_FALSE(model.sharded(layer).grad().defined());
+    }
+    ASSERT_TRUE(at::equal(model.sharded(1), weight));
+    model.engine().reset();
+    ASSERT_EQ(message_of_step(model, rank, {1, 2}), "");
+    const at::Tensor gradient = model.sharded(1).grad().clone();
+    model.engine().reset();
+    for (int layer = 0; layer < kNumLayers; ++layer) model.sharded(layer).mutable_grad().reset();
+    ASSERT_EQ(message_of_step(model, rank, {1, 2}), "");
+    ASSERT_TRUE(at::equal(model.sharded(1).grad(), gradient));
+  });
+}
+
+TEST(Digest, SumsTellWhetherAllAreEqual) {
+  StepDigest first, second;
+  first.note(StepDigest::Launch::kReduce, 1);
+  second.note(StepDigest::Launch::kReduce, 2);
+  const auto sums = [](const std::vector<const StepDigest*>& ranks) {
+    std::array<int64_t, StepDigest::kNumWords> sum = {}, own = {};
+    for (const StepDigest* rank : ranks) {
+      rank->write(own.data());
+      for (size_t i = 0; i < sum.size(); ++i) sum[i] += own[i];
+    }
+    return sum;
+  };
+  for (size_t num_ranks = 1; num_ranks <= 5; ++num_ranks) {
+    std::vector<const StepDigest*> ranks(num_ranks, &first);
+    EXPECT_TRUE(StepDigest::are_equal(sums(ranks).data(), static_cast<int>(num_ranks)));
+    if (num_ranks == 1) continue;
+    ranks.back() = &second;
+    EXPECT_FALSE(StepDigest::are_equal(sums(ranks).data(), static_cast<int>(num_ranks)));
+  }
 }
 
 struct ResidencyCase {
@@ -229,7 +343,8 @@ TEST(Memory, PartsAddUpAndHoldWhatResidencyAsksFor) {
     }
     ASSERT_EQ(total, memory.nbytes());
     const std::vector<std::string> expected = {"full, kept", "blocks, kept", "gradient blocks",
-                                               "full slots", "reductions",   "packed gradients"};
+                                               "full slots", "reductions",   "packed gradients",
+                                               "flags"};
     ASSERT_EQ(names, expected);
   });
 }

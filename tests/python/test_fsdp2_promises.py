@@ -563,7 +563,7 @@ def _is_sharded(model: nn.Module) -> dict[str, bool]:
 
 
 def _count_gathers(rank: int, reshard_after_forward: bool | None) -> list[int]:
-    """Gathers of units in forward, in backward, and in the same again under another setting."""
+    """Gathers of units in a step, in one under another setting, and in a forward after it."""
     model = ours(2, reshard_after_forward=reshard_after_forward)
     counts: list[int] = []
     seen = 0
@@ -578,11 +578,12 @@ def _count_gathers(rank: int, reshard_after_forward: bool | None) -> list[int]:
 
     for _ in range(2):
         value = loss(model, batch(0, 0, rank))
-        count()
+        assert all(_is_sharded(model).values())
         value.backward()
         count()
         model.set_reshard_after_backward(False)
-    loss(model, batch(0, 0, rank))
+    with torch.no_grad():
+        loss(model, batch(0, 0, rank))
     count()
     return counts
 
@@ -590,10 +591,10 @@ def _count_gathers(rank: int, reshard_after_forward: bool | None) -> list[int]:
 @pytest.mark.parametrize(
     ("reshard_after_forward", "counts"),
     [
-        # One per unit of four; the root alone is kept for backward.
-        (None, [4, 3, 4, 3, 0]),
-        (True, [4, 4, 4, 4, 0]),
-        (False, [4, 0, 4, 0, 0]),
+        # One per unit of four in forward and in backward; the root alone is kept for backward.
+        (None, [7, 7, 0]),
+        (True, [8, 8, 0]),
+        (False, [4, 4, 0]),
     ],
 )
 def test_full_parameters_are_kept_where_fsdp2_keeps_them(

@@ -45,6 +45,7 @@ RUNTIME_HEADERS = (
     "unit.h",
     "runtime_memory.h",
     "runtime_streams.h",
+    "step_digest.h",
     "gather_pipeline.h",
     "reduce_pipeline.h",
     "engine.h",

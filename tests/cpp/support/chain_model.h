@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -25,13 +26,12 @@ struct World {
   [[nodiscard]] int size() const { return num_nodes * ranks_per_node; }
 };
 
-inline at::Tensor initial_weight(int layer) {
-  return (at::arange(kWidth * kWidth, at::kFloat).view({kWidth, kWidth}) + layer).remainder(3.0) -
-         1.0;
+inline at::Tensor initial_weight(int layer, int width = kWidth) {
+  return (at::arange(width * width, at::kFloat).view({width, width}) + layer).remainder(3.0) - 1.0;
 }
 
-inline at::Tensor batch(int rank, int step) {
-  return (at::arange(2 * kWidth, at::kFloat).view({2, kWidth}) + rank + step).remainder(5.0) - 2.0;
+inline at::Tensor batch(int rank, int step, int width = kWidth) {
+  return (at::arange(2 * width, at::kFloat).view({2, width}) + rank + step).remainder(5.0) - 2.0;
 }
 
 // One rank's model.
@@ -42,8 +42,9 @@ class Model {
       : Model(communicators_of(world), make_worker_streams(), shape, rank, kNumLayers, residency,
               depths) {}
   Model(const MakeCommunicator& make, std::shared_ptr<RuntimeStreams> streams, const World& shape,
-        int rank, int num_layers, const ResidencySettings& residency, const Depths& depths)
-      : rank_(rank) {
+        int rank, int num_layers, const ResidencySettings& residency, const Depths& depths,
+        int width = kWidth)
+      : rank_(rank), width_(width) {
     const int p = shape.partition_size;
     const int group = rank / p;
     GroupInfo replicas{"replicate", {}, {}, group};
@@ -86,42 +87,53 @@ class Model {
     });
   }
 
+  // Called inside the forward and inside the backward of each layer, while it is gathered.
+  void set_compute(std::function<void(int layer, bool backward)> compute) {
+    compute_ = std::move(compute);
+  }
+
   Engine& engine() { return *engine_; }
   const LocalHops& gather() const { return *gather_; }
   const LocalHops& reduce() const { return *reduce_; }
   const Traffic& replicate() const { return replicate_->traffic(); }
   const at::Tensor& sharded(int layer) { return sharded_[static_cast<size_t>(layer)]; }
   ShardLayout::RowRange rows(int p) const {
-    return ShardLayout({{{kWidth, kWidth}}}, p, 1).rows_of(0, rank_ % p);
+    return ShardLayout({{{width_, width_}}}, p, 1).rows_of(0, rank_ % p);
   }
 
  private:
   template <typename Inside>
   at::Tensor call(int layer, const at::Tensor& x, const Inside& inside) {
     engine_->pre_forward(layer);
-    const at::Tensor y = inside(x.mm(full_[static_cast<size_t>(layer)]).tanh());
+    const at::Tensor product = x.mm(full_[static_cast<size_t>(layer)]);
+    if (compute_) {
+      compute_(layer, /*backward=*/false);
+      product.register_hook(
+          [this, layer](const at::Tensor&) { compute_(layer, /*backward=*/true); });
+    }
+    const at::Tensor y = inside(product.tanh());
     engine_->watch_outputs(layer, {y});
     engine_->post_forward(layer, /*failed=*/false);
     return y;
   }
 
   std::shared_ptr<Unit> make_unit(int layer, int p, int partition_rank) {
-    const ShardLayout layout({{{kWidth, kWidth}}}, p, layout_alignment(at::kFloat, at::kFloat));
+    const ShardLayout layout({{{width_, width_}}}, p, layout_alignment(at::kFloat, at::kFloat));
     const ShardLayout::RowRange rows = layout.rows_of(0, partition_rank);
     const at::Tensor shard = at::zeros({layout.shard_numel()});
     const at::Tensor gradient = at::zeros({layout.shard_numel()});
     const int64_t num_rows = rows.last - rows.first;
     const auto own = [&](const at::Tensor& buffer) {
-      return buffer.narrow(0, 0, num_rows * kWidth).view({num_rows, kWidth});
+      return buffer.narrow(0, 0, num_rows * width_).view({num_rows, width_});
     };
     at::Tensor sharded = own(shard);
-    sharded.copy_(initial_weight(layer).slice(0, rows.first, rows.last));
+    sharded.copy_(initial_weight(layer, width_).slice(0, rows.first, rows.last));
     sharded = sharded.detach();
     sharded.requires_grad_(true);
     sharded_.push_back(sharded);
     UnitOptions options;
     options.name = "layer" + std::to_string(layer);
-    options.parameters = {{"weight", {kWidth, kWidth}, sharded, own(gradient), true}};
+    options.parameters = {{"weight", {width_, width_}, sharded, own(gradient), true}};
     options.shard = shard;
     options.gradient = gradient;
     options.partition_size = p;
@@ -136,6 +148,8 @@ class Model {
   }
 
   int rank_;
+  int width_;
+  std::function<void(int, bool)> compute_;
   std::unique_ptr<LocalHops> gather_;
   std::unique_ptr<LocalHops> reduce_;
   std::unique_ptr<Communicator> replicate_;

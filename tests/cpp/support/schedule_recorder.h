@@ -40,7 +40,7 @@ struct ScheduleEntry {
 class ScheduleRecorder {
  public:
   [[nodiscard]] std::shared_ptr<RuntimeStreams> make_streams();
-  // Moves nothing; operations go into log().
+  // Moves no shard and no gradient; operations go into log().
   [[nodiscard]] std::unique_ptr<Communicator> make_communicator(GroupInfo group);
   [[nodiscard]] const std::vector<ScheduleEntry>& entries() const { return entries_; }
   [[nodiscard]] std::vector<ScheduleEntry>& entries() { return entries_; }
@@ -109,7 +109,10 @@ class RecordingCommunicator final : public Communicator {
   GatherRoute gather_route() const override { return GatherRoute::kDirect; }
   void do_all_gather(const std::vector<TensorPair>& /*pairs*/) override {}
   void do_reduce_scatter(const std::vector<TensorPair>& /*pairs*/) override {}
-  void do_all_reduce(const at::Tensor& /*tensor*/) override {}
+  // Whole numbers are what ranks agree by: as if all had written the same.
+  void do_all_reduce(const at::Tensor& tensor) override {
+    if (tensor.scalar_type() == at::kLong) tensor.mul_(group().size());
+  }
 };
 
 inline std::shared_ptr<RuntimeStreams> ScheduleRecorder::make_streams() {
