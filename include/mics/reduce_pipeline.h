@@ -62,6 +62,10 @@ class ReducePipeline {
     std::unique_ptr<Event> accumulated;   // pending is whole
     std::unique_ptr<Event> synchronized;  // hidden is whole
   };
+  struct Factor {
+    double value = 1;
+    at::Tensor tensor;  // [], on the CPU
+  };
   struct InFlight {
     std::unique_ptr<Event> intra_done;
     std::unique_ptr<Event> rail_done;
@@ -73,6 +77,7 @@ class ReducePipeline {
   [[nodiscard]] Stream& pending_stream(const Unit& unit);
   void reduce_to_block(int index, int slot, const std::vector<at::Tensor>& regions);
   void reduce_to_pending(int index, int slot, const std::vector<at::Tensor>& regions);
+  [[nodiscard]] const at::Tensor& factor_of(double factor, const at::Tensor& like);
   void zero_gaps(const Unit& unit, const at::Tensor& block);
 
   const std::vector<std::shared_ptr<Unit>>& units_;
@@ -80,6 +85,7 @@ class ReducePipeline {
   StepDigest& digest_;
   RuntimeMemory* memory_ = nullptr;
   std::vector<State> states_;
+  std::vector<Factor> factors_;  // that were met: one, or a few
   std::unique_ptr<Event> gradients_ready_;
   std::vector<InFlight> in_flight_;
   size_t next_ = 0;

@@ -1,5 +1,6 @@
 #include "mics/reduce_pipeline.h"
 
+#include <ATen/ops/scalar_tensor.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
 
@@ -160,13 +161,12 @@ void ReducePipeline::synchronize(int index) {
   const at::Tensor pending = synchronized.pending();
   if (communicators.replicate != nullptr)
     communicators.replicate->all_reduce(pending, stream, synchronized.name());
-  const double factor = synchronized.settings().gradient_factor;
-  if (factor != 1.0) {
+  if (const double factor = synchronized.settings().gradient_factor; factor != 1.0) {
     stream.note_read(pending);
     stream.note_write(pending);
-    stream.enqueue([pending, factor] {
+    stream.enqueue([pending, scalar = factor_of(factor, pending)] {
       const c10::NoGradGuard no_grad_here;
-      pending.mul_(factor);
+      pending.mul_(scalar);
     });
   }
   if (synchronized.hidden().defined()) {
@@ -176,6 +176,17 @@ void ReducePipeline::synchronize(int index) {
     synchronized.hide_pending();
   }
   stream.record(*state(index).synchronized);
+}
+
+// A number given to mul_() would become a tensor each time, and one of another dtype another one.
+const at::Tensor& ReducePipeline::factor_of(double factor, const at::Tensor& like) {
+  for (const Factor& known : factors_) {
+    if (known.value == factor && known.tensor.scalar_type() == like.scalar_type()) {
+      return known.tensor;
+    }
+  }
+  factors_.push_back({factor, at::scalar_tensor(factor, like.scalar_type())});
+  return factors_.back().tensor;
 }
 
 void ReducePipeline::wait(int index) {

@@ -111,7 +111,9 @@ class RecordingCommunicator final : public Communicator {
   void do_reduce_scatter(const std::vector<TensorPair>& /*pairs*/) override {}
   // Whole numbers are what ranks agree by: as if all had written the same.
   void do_all_reduce(const at::Tensor& tensor) override {
-    if (tensor.scalar_type() == at::kLong) tensor.mul_(group().size());
+    if (tensor.scalar_type() != at::kLong) return;
+    auto* numbers = tensor.mutable_data_ptr<int64_t>();
+    for (int64_t i = 0; i < tensor.numel(); ++i) numbers[i] *= group().size();
   }
 };
 
