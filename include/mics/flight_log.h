@@ -12,6 +12,7 @@
 // Thread safety: any thread.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <functional>
@@ -62,10 +63,14 @@ class FlightLog {
   // In the order in which groups were first used.
   [[nodiscard]] std::vector<GroupProgress> progress() const;
 
-  // Called once, by the first operation that fails, where it runs: gives what is known of all
-  // ranks. Later failures get the same text.
+  // Called once per incident, by the first operation that fails, where it runs: gives what is known
+  // of all ranks. Later failures of the incident get the same text.
   void set_reporter(std::function<std::string(const FlightLog&)> reporter);
   [[nodiscard]] std::string report_failure();
+  // Ends an incident: the next failure is reported anew. Incidents are told apart by their number,
+  // so all ranks call this equally often.
+  void begin_incident();
+  [[nodiscard]] int64_t incident() const { return incident_; }
 
  private:
   struct Group {
@@ -83,6 +88,7 @@ class FlightLog {
   std::vector<Group> groups_;
   std::map<std::string, size_t, std::less<>> index_of_group_;
 
+  std::atomic<int64_t> incident_{0};
   std::mutex report_mutex_;
   // Guarded by report_mutex_.
   std::function<std::string(const FlightLog&)> reporter_;

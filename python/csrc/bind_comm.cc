@@ -76,7 +76,8 @@ void bind_comm(py::module_& module) {
         return Seconds(self.ended_at.time_since_epoch()).count();
       });
   py::class_<FlightLog, std::shared_ptr<FlightLog>>(module, "FlightLog")
-      .def("operations", &FlightLog::operations);
+      .def("operations", &FlightLog::operations)
+      .def("begin_incident", &FlightLog::begin_incident, Release());
   module.def(
       "make_reporting_log",
       [](const c10::intrusive_ptr<c10d::Store>& store, int rank, int world_size,

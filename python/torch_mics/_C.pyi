@@ -342,6 +342,7 @@ class LoggedOperation:
 
 class FlightLog:
     def operations(self) -> list[LoggedOperation]: ...
+    def begin_incident(self) -> None: ...
 
 def make_reporting_log(
     store: dist.Store,

@@ -233,8 +233,11 @@ class MiCSModule(FSDPModule):
         """
         for unit in self._units():
             unit.modules_to_run.clear()
-        if self._unit.context is not None:
-            self._unit.context.engine.reset()
+        context = self._unit.context
+        if context is not None:
+            context.engine.reset()
+            if context.flight_log is not None:
+                context.flight_log.begin_incident()  # the next failure is told of anew
 
     def release_memory(self) -> None:
         """Frees the runtime's working memory until the next forward; see torch_mics.memory().

@@ -107,6 +107,12 @@ std::string FlightLog::report_failure() {
   return *report_;
 }
 
+void FlightLog::begin_incident() {
+  const std::lock_guard<std::mutex> lock(report_mutex_);
+  report_.reset();
+  ++incident_;
+}
+
 std::string encode_progress(const std::vector<GroupProgress>& progress) {
   std::ostringstream text;
   for (const GroupProgress& group : progress) {

@@ -2,9 +2,14 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
+#include <memory>
 #include <stdexcept>
+#include <torch/csrc/distributed/c10d/HashStore.hpp>
+#include <vector>
 
 #include "mics/error.h"
+#include "mics/store_reports.h"
 
 namespace mics {
 namespace {
@@ -52,12 +57,36 @@ TEST(FlightLog, CountsBeyondItsCapacity) {
   EXPECT_THROW(FlightLog(0), InvalidArgument);
 }
 
-TEST(FlightLog, ReportsOnce) {
+TEST(FlightLog, ReportsOnceAnIncident) {
   FlightLog log;
   int calls = 0;
   log.set_reporter([&](const FlightLog&) { return "report " + std::to_string(++calls); });
   EXPECT_EQ(log.report_failure(), "report 1");
   EXPECT_EQ(log.report_failure(), "report 1");
+  log.begin_incident();
+  EXPECT_EQ(log.report_failure(), "report 2");
+  EXPECT_EQ(log.report_failure(), "report 2");
+}
+
+// Rank 1 answers from its thread; the second report shows where it was then.
+TEST(StoreReports, EachIncidentHasATableOfItsOwn) {
+  using std::chrono::milliseconds;
+  const auto store = c10::make_intrusive<c10d::HashStore>();
+  std::vector<std::shared_ptr<FlightLog>> logs;
+  for (int rank = 0; rank < 2; ++rank) {
+    logs.push_back(make_reporting_log(store, rank, 2, milliseconds(5), milliseconds(20000)));
+  }
+  const auto run = [&](FlightLog& log) { log.finish(log.issue("a [0 1]", "all_gather", "", 4)); };
+  (void)logs[0]->issue("a [0 1]", "all_gather", "one", 4);
+  const std::string first = logs[0]->report_failure();
+  EXPECT_NE(first.find("world_rank 1: in no collective"), std::string::npos) << first;
+  run(*logs[1]);
+  run(*logs[1]);
+  EXPECT_EQ(logs[0]->report_failure(), first);
+  for (const auto& log : logs) log->begin_incident();
+  const std::string second = logs[0]->report_failure();
+  EXPECT_NE(second.find("world_rank 1: a [0 1]: 2 finished, none issued"), std::string::npos)
+      << second;
 }
 
 TEST(FlightLog, NamesWhoIsBehindAndWhoIsGone) {

@@ -31,8 +31,10 @@ test_lost_ranks.run(int(sys.argv[2]), sys.argv[3], sys.argv[4])
 """
 
 
-def step(model: Any, rank: int, number: int) -> None:
-    model(points(rank, number)).square().mean().backward()
+def step(model: Any, rank: int, number: int, micro_steps: int = 1) -> None:
+    for micro_step in range(micro_steps):
+        with mics.microbatch(model, is_last=micro_step == micro_steps - 1):
+            model(points(rank, number)).square().mean().backward()
 
 
 def run(rank: int, path: str, what: str) -> None:
@@ -62,7 +64,7 @@ def run(rank: int, path: str, what: str) -> None:
             return
     start = time.monotonic()
     try:
-        step(model, rank, 2)
+        step(model, rank, 2, micro_steps=2 if what == "fewer" and rank == 1 else 3)
     except Exception as error:
         Path(path, f"error{rank}").write_text(f"{time.monotonic() - start}\n{error}")
         os._exit(3)
@@ -81,8 +83,9 @@ def launch(tmp_path: Path, what: str) -> dict[int, tuple[float, str]]:
         for rank in range(WORLD)
     ]
     try:
-        for rank in (0, 2, 3):
-            ranks[rank].wait(timeout=120)
+        for rank in range(WORLD):
+            if rank != 1 or what == "fewer":
+                ranks[rank].wait(timeout=120)
     finally:
         for process in ranks:
             process.kill()
@@ -114,6 +117,21 @@ def test_other_ranks_end_and_say_where_everybody_was(tmp_path: Path, what: str, 
         assert 'of unit "' in text
         line = next(row for row in text.splitlines() if row.startswith("  world_rank 1"))
         assert said in line
+
+
+def test_one_micro_step_less_on_one_rank_ends_all_and_names_the_hop(tmp_path: Path):
+    errors = launch(tmp_path, "fewer")
+    assert sorted(errors) == list(range(WORLD))
+    for seconds, text in errors.values():
+        assert seconds < LIMIT + 2.0
+        lines = {row.split(":")[0].strip(): row for row in text.splitlines()}
+        # Rank 1 is at the boundary, where the others are not yet; they gather, and it does not.
+        assert "control" in lines["world_rank 1"]
+        assert ", all_reduce, " in lines["world_rank 1"]
+        for other in (0, 2, 3):
+            assert "gather/" in lines[f"world_rank {other}"]
+            assert 'all_gather of unit "' in lines[f"world_rank {other}"]
+            assert "behind" in lines[f"world_rank {other}"] or "behind" in lines["world_rank 1"]
 
 
 def _log(rank: int) -> list[dict[str, Any]]:

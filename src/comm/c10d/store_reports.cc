@@ -13,7 +13,10 @@ namespace mics {
 
 namespace {
 
-constexpr char kAlarm[] = "alarm";
+std::string alarm_of(int64_t incident) { return "alarm/" + std::to_string(incident); }
+std::string key_of(int64_t incident, int rank) {
+  return "progress/" + std::to_string(incident) + "/" + std::to_string(rank);
+}
 
 // A store of our own. Its calls must not outlast the log: that of a file waits for its time-out
 // when the file is gone.
@@ -25,8 +28,6 @@ c10::intrusive_ptr<c10d::Store> clone_with_timeout(const c10::intrusive_ptr<c10d
   if (store->getTimeout() != of_caller) store->setTimeout(of_caller);  // a clone that is shared
   return clone;
 }
-
-std::string key_of(int rank) { return "progress/" + std::to_string(rank); }
 
 // The log and the thread that answers for it.
 class ReportingLog {
@@ -56,19 +57,21 @@ class ReportingLog {
   FlightLog& log() { return log_; }
 
  private:
-  void publish(c10d::Store& store, const FlightLog& log) {
-    store.set(key_of(rank_), encode_progress(log.progress()));
+  void publish(c10d::Store& store, int64_t incident, const FlightLog& log) {
+    store.set(key_of(incident, rank_), encode_progress(log.progress()));
   }
 
   // On the thread.
   void answer() {
+    int64_t answered = -1;
     std::unique_lock<std::mutex> lock(mutex_);
     while (!closing_.wait_for(lock, interval_, [this] { return is_closing_; })) {
       lock.unlock();
       try {
-        if (for_thread_->check({kAlarm})) {
-          publish(*for_thread_, log_);
-          return;
+        const int64_t incident = log_.incident();
+        if (incident != answered && for_thread_->check({alarm_of(incident)})) {
+          publish(*for_thread_, incident, log_);
+          answered = incident;
         }
       } catch (const std::exception&) {
         return;  // the Store has ended: nobody will read an answer
@@ -79,13 +82,14 @@ class ReportingLog {
 
   // Where the operation that failed runs.
   std::string report(const FlightLog& log) {
+    const int64_t incident = log.incident();
     std::vector<std::optional<std::vector<GroupProgress>>> ranks(static_cast<size_t>(world_size_));
     ranks[static_cast<size_t>(rank_)] = log.progress();
     try {
-      publish(*for_log_, log);
-      for_log_->set(kAlarm, std::string("1"));
+      publish(*for_log_, incident, log);
+      for_log_->set(alarm_of(incident), std::string("1"));
       const auto end = std::chrono::steady_clock::now() + patience_;
-      while (!take_answers(ranks) && std::chrono::steady_clock::now() < end) {
+      while (!take_answers(incident, ranks) && std::chrono::steady_clock::now() < end) {
         std::this_thread::sleep_for(std::chrono::milliseconds(50));
       }
     } catch (const std::exception& error) {
@@ -95,16 +99,17 @@ class ReportingLog {
   }
 
   // True when all have answered.
-  bool take_answers(std::vector<std::optional<std::vector<GroupProgress>>>& ranks) {
+  bool take_answers(int64_t incident,
+                    std::vector<std::optional<std::vector<GroupProgress>>>& ranks) {
     bool are_all = true;
     for (int rank = 0; rank < world_size_; ++rank) {
       auto& answer = ranks[static_cast<size_t>(rank)];
       if (answer) continue;
-      if (!for_log_->check({key_of(rank)})) {
+      if (!for_log_->check({key_of(incident, rank)})) {
         are_all = false;
         continue;
       }
-      answer = decode_progress(for_log_->get_to_str(key_of(rank)));
+      answer = decode_progress(for_log_->get_to_str(key_of(incident, rank)));
     }
     return are_all;
   }
