@@ -1,0 +1,256 @@
+"""Trains one model in several ways that take turns step by step: step times, bytes, parity.
+
+    python benchmarks/emulated_cluster --nodes 4 --ranks-per-node 2 -- \\
+        python benchmarks/train_bench --strategy none ddp fsdp2 hsdp_deferred@2 ours@2 --json out.json
+    torchrun --nproc-per-node 4 benchmarks/train_bench --strategy ddp ours@2
+
+  none            no communication: the compute alone
+  ddp             DistributedDataParallel, gradients synchronised in the last micro-step
+  fsdp2           FSDP2 over all ranks; fsdp2_best with explicit prefetch and the last block kept
+  hsdp@P          FSDP2 over groups of P ranks
+  *_deferred      replicas are synchronised in the last micro-step only
+  *_nosync        gradients are synchronised in the last micro-step only, and kept whole until then
+  ours@P          torch_mics; _flat in one hop, _gloo without shared memory, _nosync as above,
+                  _residency with node blocks of parameters and gradients kept over the step
+  control         sums for means: must not have parity
+  .../our_rs      the peer with our reduce-scatter in place of Gloo's, which sends twice the bytes
+  .../communication  without the waiting of virtual layers
+
+With --compute virtual layers wait instead of computing, so that many ranks fit on few cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from contest import Contest, Record, one_process
+from models import Shape, Transformer, VirtualModel, batch
+from rich.console import Console
+from rich.table import Table
+from strategies import Contestant, check_name, make_contestant
+from torch import Tensor, nn
+
+import torch_mics as mics
+
+WARM_UPS = 2  # steps whose gradients are compared with one process; not timed
+
+# Bytes of a layer over the link's rate, over the time of its forward: as of BERT 10B on these machines.
+PRESETS = {"p3dn": 1.06, "p4d": 0.57}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="train_bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--strategy", nargs="+", default=["none", "ddp", "fsdp2"], metavar="NAME")
+    parser.add_argument("--base", help="what the ratios are to; by default the first strategy")
+    parser.add_argument("--steps", type=int, default=5, help="timed ones")
+    parser.add_argument("--micro-steps", type=int, default=4)
+    parser.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw")
+    parser.add_argument("--model", choices=("gpt", "bert"), default="gpt")
+    for name, default in (("layers", 8), ("width", 256), ("heads", 4), ("vocabulary", 2048)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--length", type=int, default=64, help="tokens of a row")
+    parser.add_argument("--rows", type=int, default=1, help="of a micro-batch")
+    parser.add_argument("--compute", choices=("real", "virtual"), default="real")
+    parser.add_argument("--layer-mb", type=float, default=4.0, help="virtual: MB of a layer")
+    parser.add_argument("--layer-seconds", type=float, default=0.1, help="virtual: of its forward")
+    parser.add_argument("--preset", choices=PRESETS, help="virtual: seconds of a layer from --rate")
+    parser.add_argument("--rate", type=float, default=100e6, help="with --preset: bits per second")
+    parser.add_argument("--no-parity", action="store_true", help="compare with no single process")
+    parser.add_argument("--json", type=Path, help="write everything here")
+    arguments = parser.parse_args()
+    for name in ("steps", "micro_steps", "layers", "width", "heads", "length", "rows"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if arguments.width % arguments.heads:
+        parser.error("--width must be a multiple of --heads")
+    arguments.base = arguments.base or arguments.strategy[0]
+    if arguments.base not in arguments.strategy:
+        parser.error(f"--base must be one of the strategies: got {arguments.base!r}")
+    if len(set(arguments.strategy)) < len(arguments.strategy):
+        parser.error("each strategy may be given once")
+    if arguments.preset is not None:
+        nbytes = arguments.layer_mb * 1e6
+        arguments.layer_seconds = 8 * nbytes / arguments.rate / PRESETS[arguments.preset]
+    for name in arguments.strategy:
+        if message := check_name(name, int(os.environ.get("WORLD_SIZE", "1"))):
+            parser.error(message)
+    return arguments
+
+
+class Task:
+    """The model that is asked for, its optimizer and its loss."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._shape = Shape(
+            kind=arguments.model,
+            layers=arguments.layers,
+            width=arguments.width,
+            heads=arguments.heads,
+            vocabulary=arguments.vocabulary,
+            length=arguments.length,
+            rows=arguments.rows,
+        )
+        self.is_virtual = arguments.compute == "virtual"
+
+    def model(self, without_waiting: bool = False) -> nn.Module:
+        torch.manual_seed(0)
+        if not self.is_virtual:
+            return Transformer(self._shape)
+        seconds = 0.0 if without_waiting else self._arguments.layer_seconds
+        numel = int(self._arguments.layer_mb * 1e6 / 4)
+        return VirtualModel(self._arguments.layers, numel, seconds)
+
+    def optimizer(self, contestant: nn.Module, is_ours: bool) -> Any:
+        optimizers = mics.optim if is_ours else torch.optim
+        if self._arguments.optimizer == "adamw":
+            return optimizers.AdamW(contestant.parameters(), lr=1e-3)
+        return optimizers.SGD(contestant.parameters(), lr=0.1)
+
+    def loss(self, model: nn.Module, step: int, micro_step: int, rank: int) -> Tensor:
+        if self.is_virtual:
+            return model(torch.ones(1))
+        return model(*batch(self._shape, step, micro_step, rank))
+
+
+def reference(task: Task, arguments: argparse.Namespace) -> tuple[list[float], list[float]] | None:
+    """Losses and norms of one process, made by rank 0. Collective."""
+    if task.is_virtual or arguments.no_parity:
+        return None
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        model = task.model()
+        steps = WARM_UPS + arguments.steps
+        optimizer = task.optimizer(model, is_ours=False)
+        found[0] = one_process(
+            model, optimizer, task.loss, steps, arguments.micro_steps, dist.get_world_size()
+        )
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def versions() -> dict[str, Any]:
+    """What made the numbers."""
+    git = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+    return {
+        "torch": torch.__version__,
+        "torch_mics": mics.__version__,
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+        "cores": os.cpu_count(),
+        "commit": git.stdout.strip() or None,
+    }
+
+
+def paired_ratios(records: dict[str, Record], base: str) -> dict[str, float]:
+    """Median over the steps of a contestant's time over the base's in the same turn."""
+    return {
+        name: statistics.median(
+            own / other for own, other in zip(r.seconds, records[base].seconds, strict=True)
+        )
+        for name, r in records.items()
+    }
+
+
+def show(records: dict[str, Record], ratios: dict[str, float], base: str) -> None:
+    """Prints the table."""
+    table = Table(title="one step; the time of the slowest rank, bytes sent by node 0")
+    for column in ("strategy", "seconds", f"over {base}", "exposed s", "link MB", "loopback MB"):
+        table.add_column(column, justify="left" if column == "strategy" else "right")
+    table.add_column("counted across MB", justify="right")
+    table.add_column("parity")
+
+    def megabytes(nbytes: float | None) -> str:
+        return "" if nbytes is None else f"{nbytes / 1e6:.2f}"
+
+    for name, record in records.items():
+        exposed = statistics.median(record.exposed)
+        table.add_row(
+            name,
+            f"{statistics.median(record.seconds):.3f}",
+            f"{ratios[name]:.3f}",
+            "" if exposed != exposed else f"{exposed:.3f}",
+            megabytes(record.link_nbytes),
+            megabytes(record.loopback_nbytes),
+            megabytes(record.counted_inter_nbytes) if record.counted_inter_nbytes else "",
+            record.parity,
+        )
+    Console(width=150).print(table)
+
+
+def faults(contestants: list[Contestant], records: dict[str, Record]) -> list[str]:
+    """Contestants whose parity is not what it must be."""
+    found = []
+    for contestant in contestants:
+        parity = records[contestant.name].parity
+        if parity != "not checked" and (parity == "exact") != contestant.has_parity:
+            expected = "parity" if contestant.has_parity else "no parity"
+            found.append(f"{contestant.name} must have {expected}: {parity}")
+    return found
+
+
+def main() -> int:
+    """Runs the contest; 1 when a contestant trains something else than one process."""
+    arguments = parse_arguments()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    task = Task(arguments)
+    single = reference(task, arguments)
+    contestants = []
+    for name in arguments.strategy:
+        contestant = make_contestant(name, task.model)
+        contestant.optimizer = task.optimizer(contestant.model, contestant.is_ours)
+        contestants.append(contestant)
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    contest = Contest(contestants, task.loss, arguments.micro_steps, ranks_per_node)
+    for step in range(WARM_UPS + arguments.steps):
+        contest.turn(step, is_timed=step >= WARM_UPS)
+        if dist.get_rank() == 0:
+            print(f"step {step + 1} of {WARM_UPS + arguments.steps}", file=sys.stderr, flush=True)
+    records = contest.finish(single)
+    wrong = faults(contestants, records)
+    if dist.get_rank() == 0:
+        ratios = paired_ratios(records, arguments.base)
+        show(records, ratios, arguments.base)
+        if arguments.json is not None:
+            options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()}
+            numbers = {
+                "versions": versions(),
+                "options": options,
+                "world_size": dist.get_world_size(),
+                "ranks_per_node": ranks_per_node,
+                "parameter_nbytes": sum(4 * p.numel() for p in task.model().parameters()),
+                "reference_losses": None if single is None else single[0],
+                "records": {name: dataclasses.asdict(r) for name, r in records.items()},
+                "ratios": ratios,
+            }
+            arguments.json.write_text(json.dumps(numbers, indent=1) + "\n")
+        for message in wrong:
+            print(f"error: {message}", file=sys.stderr)
+    dist.destroy_process_group()
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""The contestants: one way each to train the same model on all ranks.
+
+A name is a strategy and, where it has groups, their size: "ddp", "hsdp_deferred@2", "ours@4". Behind a
+slash it may have a variant: "/our_rs" plugs our reduce-scatter into a peer, "/communication" takes the
+waiting out of virtual layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import torch_mics as mics
+from torch_mics.collectives import GroupCollectives
+
+SENT = ("sent_intra_nbytes", "sent_inter_nbytes")
+
+MakeModel = Callable[[bool], nn.Module]  # (without waiting)
+
+
+@dataclasses.dataclass
+class Contestant:
+    """A model, how its micro-steps are told apart, and what is known of it."""
+
+    name: str
+    model: nn.Module
+    micro_step: Callable[[bool], contextlib.AbstractContextManager[None]]
+    copies: int  # ranks that hold the same part of the gradients
+    has_parity: bool = True  # trains as one process does
+    is_ours: bool = False
+    optimizer: Any = None
+
+    def counted(self) -> tuple[int, int]:
+        """Bytes that this rank has sent inside nodes and across, by the library's counters."""
+        if not self.is_ours:
+            return 0, 0
+        counters = mics.traffic(self.model).values()
+        return sum(c[SENT[0]] for c in counters), sum(c[SENT[1]] for c in counters)
+
+    def exposed(self) -> float:
+        """Seconds that this rank has stood still for communication, as far as it is known."""
+        if not self.is_ours:
+            return math.nan
+        return sum(u["gather"] + u["reduce"] for u in mics.exposed(self.model).values())
+
+    def gradient_norm(self) -> float:
+        """Of the whole gradient. Collective."""
+        square = torch.zeros(())
+        for parameter in self.model.parameters():
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            square += local.detach().double().square().sum()
+        dist.all_reduce(square)
+        return math.sqrt(square.item() / self.copies)
+
+
+@contextlib.contextmanager
+def _nothing(is_last: bool) -> Iterator[None]:
+    yield
+
+
+class OurReduceScatter:
+    """torch_mics' reduce-scatter where FSDP2 has a place for one."""
+
+    def __init__(self, groups: GroupCollectives) -> None:
+        self._groups = groups
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        self._groups.reduce_scatter(output_tensor, input_tensor)
+        if op == dist.ReduceOp.AVG:
+            output_tensor.div_(self._groups.size)
+
+
+def _plain(name: str, model: nn.Module) -> Contestant:
+    return Contestant(name, model, _nothing, copies=1, has_parity=False)
+
+
+def _ddp(name: str, model: nn.Module) -> Contestant:
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def micro_step(is_last: bool) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if is_last else wrapped.no_sync()
+
+    return Contestant(name, wrapped, micro_step, copies=dist.get_world_size())
+
+
+def _fsdp2(name: str, model: nn.Module, shard_size: int, variants: set[str]) -> Contestant:
+    world_size = dist.get_world_size()
+    strategy = name.partition("@")[0].partition("/")[0]
+    if shard_size == world_size:
+        mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("shard",))
+    else:
+        sizes = (world_size // shard_size, shard_size)
+        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard"))
+    blocks = list(model.blocks)  # type: ignore[arg-type]
+    for block in blocks:
+        keeps = strategy == "fsdp2_best" and block is blocks[-1]
+        fully_shard(block, mesh=mesh, reshard_after_forward=not keeps)
+    fully_shard(model, mesh=mesh)
+    root = model
+    assert isinstance(root, FSDPModule)
+    if strategy == "fsdp2_best":
+        for number, block in enumerate(blocks):
+            block.set_modules_to_forward_prefetch(blocks[number + 1 : number + 3])
+            block.set_modules_to_backward_prefetch(blocks[max(0, number - 2) : number][::-1])
+    if "our_rs" in variants:
+        groups = GroupCollectives(mics.init_mesh(shard_size, device_type="cpu"))
+        for module in [*blocks, model]:
+            module.set_custom_reduce_scatter(OurReduceScatter(groups))
+
+    @contextlib.contextmanager
+    def micro_step(is_last: bool) -> Iterator[None]:
+        if strategy.endswith("_deferred"):
+            root.set_requires_all_reduce(is_last)
+        if strategy.endswith("_nosync"):
+            root.set_requires_gradient_sync(is_last)
+        yield
+
+    return Contestant(name, model, micro_step, copies=world_size // shard_size)
+
+
+def _ours(name: str, model: nn.Module, shard_size: int) -> Contestant:
+    strategy = name.partition("@")[0].partition("/")[0]
+    mesh = mics.init_mesh(
+        shard_size,
+        device_type="cpu",
+        intra_backend="c10d" if strategy == "ours_gloo" else "auto",
+    )
+    options: dict[str, Any] = {}
+    if strategy == "ours_flat":
+        options["hierarchical_gather"] = False
+    if strategy == "ours_residency":
+        options |= {"keep_between_microsteps": "block", "accumulate": "block"}
+    if strategy == "ours_nosync":
+        options["accumulate"] = "local"
+    blocks = list(model.blocks)  # type: ignore[arg-type]
+    mics.shard_model(model, units=blocks, mesh=mesh, **options)
+
+    def micro_step(is_last: bool) -> contextlib.AbstractContextManager[None]:
+        return mics.microbatch(model, is_last=is_last)
+
+    copies = dist.get_world_size() // shard_size
+    return Contestant(name, model, micro_step, copies=copies, is_ours=True)
+
+
+def _control(name: str, model: nn.Module) -> Contestant:
+    """Sums where means are right: the parity check must see it."""
+    found = _ours(name, model, dist.get_world_size())
+    found.model.set_gradient_divide_factor(1.0)  # type: ignore[operator]
+    return dataclasses.replace(found, has_parity=False)
+
+
+OURS = ("ours", "ours_flat", "ours_gloo", "ours_nosync", "ours_residency")
+PEERS = ("fsdp2", "fsdp2_best", "fsdp2_nosync", "hsdp", "hsdp_deferred", "hsdp_nosync")
+STRATEGIES = ("none", "ddp", *PEERS, *OURS, "control")
+VARIANTS = ("our_rs", "communication")
+
+
+def check_name(name: str, world_size: int) -> str | None:
+    """Says what is wrong with a contestant's name."""
+    strategy, _, variants = name.partition("/")
+    strategy, has_size, size = strategy.partition("@")
+    if strategy not in STRATEGIES:
+        return f"strategy must be one of {', '.join(STRATEGIES)}: got {strategy!r} in {name!r}."
+    needs_size = strategy in OURS or strategy.startswith("hsdp")
+    if needs_size != bool(has_size):
+        return f"{strategy!r} is written {'with' if needs_size else 'without'} @P: got {name!r}."
+    if needs_size and (not size.isdigit() or int(size) < 1 or world_size % int(size)):
+        return f"P must divide the number of ranks: got {name!r} and {world_size} ranks."
+    for variant in filter(None, variants.split("/")):
+        if variant not in VARIANTS:
+            return f"a variant must be one of {', '.join(VARIANTS)}: got {variant!r} in {name!r}."
+        if variant == "our_rs" and strategy not in PEERS:
+            return f"our reduce-scatter fits FSDP2 and HSDP: got {name!r}."
+    return None
+
+
+def make_contestant(name: str, make_model: MakeModel) -> Contestant:
+    """Builds the contestant of a valid name. Collective."""
+    head, *variants = name.split("/")
+    strategy, _, size = head.partition("@")
+    model = make_model("communication" in variants)
+    if strategy == "none":
+        return _plain(name, model)
+    if strategy == "ddp":
+        return _ddp(name, model)
+    if strategy == "control":
+        return _control(name, model)
+    shard_size = int(size) if size else dist.get_world_size()
+    if strategy in OURS:
+        return _ours(name, model, shard_size)
+    return _fsdp2(name, model, shard_size, set(variants))
