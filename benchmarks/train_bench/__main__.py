@@ -175,8 +175,11 @@ def paired_ratios(records: dict[str, Record], base: str) -> dict[str, float]:
 
 def show(records: dict[str, Record], ratios: dict[str, float], base: str) -> None:
     """Prints the table."""
-    table = Table(title="one step; the time of the slowest rank, bytes sent by node 0")
-    for column in ("strategy", "seconds", f"over {base}", "exposed s", "link MB", "loopback MB"):
+    table = Table(
+        title="one step: time of the slowest rank, CPU of all ranks, bytes sent by node 0"
+    )
+    columns = ("strategy", "seconds", f"over {base}", "CPU s", "exposed s", "link MB", "local MB")
+    for column in columns:
         table.add_column(column, justify="left" if column == "strategy" else "right")
     table.add_column("counted across MB", justify="right")
     table.add_column("parity")
@@ -190,6 +193,7 @@ def show(records: dict[str, Record], ratios: dict[str, float], base: str) -> Non
             name,
             f"{statistics.median(record.seconds):.3f}",
             f"{ratios[name]:.3f}",
+            f"{statistics.median(record.cpu):.3f}",
             "" if exposed != exposed else f"{exposed:.3f}",
             megabytes(record.link_nbytes),
             megabytes(record.loopback_nbytes),

@@ -27,6 +27,7 @@ class Record:
     norms: list[float] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
     exposed: list[float] = dataclasses.field(default_factory=list)
+    cpu: list[float] = dataclasses.field(default_factory=list)  # of all ranks together
     counted_intra_nbytes: int = 0  # of one step, of all ranks of the node
     counted_inter_nbytes: int = 0
     link_nbytes: float | None = None  # median of the steps; None where there is no such interface
@@ -65,10 +66,10 @@ def one_process(
     return losses, norms
 
 
-def slowest(values: list[float]) -> list[float]:
-    """The largest over all ranks, of each."""
+def _over_ranks(values: list[float], how: Any) -> list[float]:
+    """The largest or the sum over all ranks, of each."""
     tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    dist.all_reduce(tensor, op=how)
     return tensor.tolist()
 
 
@@ -104,19 +105,17 @@ class Contest:
         counted, exposed = contestant.counted(), contestant.exposed()
         dist.barrier()
         before = sent_nbytes("e0"), sent_nbytes("lo")
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         total = torch.zeros(())
         for micro_step in range(self._micro_steps):
             with contestant.micro_step(micro_step == self._micro_steps - 1):
                 loss = self._loss(contestant.model, step, micro_step, dist.get_rank())
                 (loss / self._micro_steps).backward()
             total += loss.detach()
-        norm_start = time.perf_counter()
         norm = None if is_timed else contestant.gradient_norm()
-        norm_seconds = time.perf_counter() - norm_start
         contestant.optimizer.step()
         contestant.optimizer.zero_grad()
-        seconds = time.perf_counter() - start - norm_seconds
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
         dist.barrier()
         after = sent_nbytes("e0"), sent_nbytes("lo")
         dist.all_reduce(total)
@@ -125,6 +124,7 @@ class Contest:
             record.norms.append(norm)
             return
         record.seconds.append(seconds)
+        record.cpu.append(cpu)
         record.exposed.append(contestant.exposed() - exposed)
         differences = tuple(
             None if b is None or a is None else a - b for b, a in zip(before, after, strict=True)
@@ -137,7 +137,8 @@ class Contest:
         """Joins what all ranks measured, and compares with one process. Collective."""
         for contestant in self._contestants:
             record = self.records[contestant.name]
-            record.seconds = slowest(record.seconds)
+            record.seconds = _over_ranks(record.seconds, dist.ReduceOp.MAX)
+            record.cpu = _over_ranks(record.cpu, dist.ReduceOp.SUM)
             record.counted_intra_nbytes, record.counted_inter_nbytes = sum_over_node(
                 (record.counted_intra_nbytes, record.counted_inter_nbytes), self._ranks_per_node
             )
