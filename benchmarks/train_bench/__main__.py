@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import json
 import os
 import platform
@@ -160,6 +161,7 @@ def versions() -> dict[str, Any]:
         "kernel": platform.release(),
         "cores": os.cpu_count(),
         "commit": git.stdout.strip() or None,
+        "date": datetime.date.today().isoformat(),
     }
 
 

@@ -106,6 +106,10 @@ class Communicator {
   // Memory that the backend keeps for moving messages: grows to the largest one.
   [[nodiscard]] virtual int64_t staging_nbytes() const { return 0; }
 
+  // False: what comes from others is undefined, as with torch's fake process group, which is for
+  // measuring the host's work.
+  [[nodiscard]] virtual bool moves_data() const { return true; }
+
   // Returns when every member has called it.
   virtual void barrier() = 0;
 

@@ -1,9 +1,10 @@
 // RuntimeStreams: the streams of one rank's runtime.
 //
 //   compute        the caller's own; it waits for gathers and for synchronised gradients
-//   gather_rail    hop 1 of gathers            gather_intra   hop 2 of gathers
+//   gather_rail    hop 1 of gathers, and the control group's sums
+//   gather_intra   hop 2 of gathers
 //   reduce_intra   hop 1 of reductions         reduce_rail    hop 2 of reductions
-//   replicate      all-reduces over replicas, and the control group's
+//   replicate      all-reduces over replicas
 //
 // Every communicator is used on one of them only, so its operations run in the order of issue.
 // Engines whose communicators share a transport share the streams too: the order of issue is then

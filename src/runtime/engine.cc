@@ -40,7 +40,7 @@ Engine::Engine(std::vector<std::shared_ptr<Unit>> units, Communicator* control,
       gathers_(units_, *streams_, digest_),
       reduces_(units_, depths_, *streams_, digest_),
       flags_written_(streams_->compute->make_event()),
-      flags_summed_(streams_->replicate->make_event()),
+      flags_summed_(streams_->gather_rail->make_event()),
       forward_prefetch_(units_.size()),
       backward_prefetch_(units_.size()),
       open_calls_(units_.size()) {
@@ -435,9 +435,10 @@ std::vector<bool> Engine::sum_flags(const std::vector<int>& finished, int64_t nu
   if (!is_on_host) flags.copy_(on_host);
   streams_->compute->note_write(flags);
   streams_->compute->record(*flags_written_);
-  streams_->replicate->wait(*flags_written_);
-  control_->all_reduce(flags, *streams_->replicate);
-  streams_->replicate->record(*flags_summed_);
+  // On a stream that is idle at a boundary: behind the replicas' all-reduces it would come last.
+  streams_->gather_rail->wait(*flags_written_);
+  control_->all_reduce(flags, *streams_->gather_rail);
+  streams_->gather_rail->record(*flags_summed_);
   // Used here is used somewhere: nothing to wait for.
   if (std::find(used.begin(), used.end(), false) == used.end()) return used;
   streams_->compute->wait(*flags_summed_);
@@ -448,10 +449,10 @@ std::vector<bool> Engine::sum_flags(const std::vector<int>& finished, int64_t nu
   return used;
 }
 
-// The last use of the flags' sum. On a CPU it comes right after the reductions that compute has
-// waited for; on a device a look at it would stop the host.
+// The last use of the flags' sum. On a CPU it has run beside the reductions that compute has waited
+// for; on a device a look at it would stop the host.
 void Engine::check_digest() {
-  if (control_ != nullptr && memory_->flags().device().is_cpu()) {
+  if (control_ != nullptr && control_->moves_data() && memory_->flags().device().is_cpu()) {
     streams_->compute->wait(*flags_summed_);
     streams_->compute->note_read(memory_->flags());
     if (!StepDigest::are_equal(memory_->flags().const_data_ptr<int64_t>(),
@@ -459,7 +460,7 @@ void Engine::check_digest() {
       std::vector<std::string> names;
       for (const std::shared_ptr<Unit>& unit : units_) names.push_back(unit->name());
       const std::string difference =
-          digest_.describe_difference(*control_, *streams_->replicate, names);
+          digest_.describe_difference(*control_, *streams_->gather_rail, names);
       digest_.clear();
       throw CommError("all ranks must run the units in the same order: " + difference +
                       ". What was gathered and reduced since then is mixed up; shards are as they "
@@ -492,7 +493,7 @@ void Engine::reset_pipelines() {
   for (Stream* stream : streams_->communication()) stream->reset();
   gathers_.reset();
   reduces_.reset();
-  flags_summed_ = streams_->replicate->make_event();
+  flags_summed_ = streams_->gather_rail->make_event();
   memory_ = nullptr;
 }
 

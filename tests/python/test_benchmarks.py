@@ -95,3 +95,71 @@ def test_collectives_of_one_node_under_torchrun(tmp_path: Path):
     start(*launcher, script, *sizes)
     _, records = collective_numbers(file)
     assert {name for _, name, _ in records} == {"torch", "flat", "flat/shm"}
+
+
+# --- train_bench ----------------------------------------------------------------------------------
+
+SMALL = ("--steps", "1", "--layers", "1", "--width", "32", "--vocabulary", "64", "--length", "8")
+
+
+def torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks))
+    return subprocess.run(
+        [*command, str(ROOT / "benchmarks" / "train_bench"), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("model", ["gpt", "bert"])
+def test_contestants_train_as_one_process_and_a_wrong_one_is_seen(tmp_path: Path, model: str):
+    names = ["ddp", "hsdp_deferred@1", "fsdp2/our_rs", "ours@2", "ours_nosync@1", "control", "none"]
+    file = tmp_path / "numbers.json"
+    options = ("--model", model, "--optimizer", "sgd", *SMALL, "--json", str(file))
+    done = torchrun(2, "--strategy", *names, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    numbers = json.loads(file.read_text())
+    parity = {name: record["parity"] for name, record in numbers["records"].items()}
+    assert [name for name in names if parity[name] == "exact"] == names[:-2]
+    assert "gradient norm by" in parity["control"]
+    for name in names[:-2]:
+        assert numbers["records"][name]["losses"] == pytest.approx(
+            numbers["reference_losses"], abs=1e-5
+        )
+    assert numbers["ratios"]["ddp"] == 1.0
+    assert all(len(record["seconds"]) == 1 for record in numbers["records"].values())
+
+
+def test_virtual_layers_take_their_time(tmp_path: Path):
+    file = tmp_path / "numbers.json"
+    sizes = ("--layers", "2", "--layer-mb", "0.1", "--layer-seconds", "0.02", "--micro-steps", "2")
+    names = ("none", "ours@2", "ours@2/communication")
+    options = ("--compute", "virtual", *sizes, "--steps", "2", "--json", str(file))
+    done = torchrun(2, "--strategy", *names, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = json.loads(file.read_text())["records"]
+    compute = 2 * 2 * 3 * 0.02
+    assert min(records["none"]["seconds"]) >= compute
+    assert min(records["ours@2"]["seconds"]) >= compute
+    assert min(records["ours@2/communication"]["seconds"]) < compute
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("zero9", "strategy must be one of none, ddp"),
+        ("hsdp", "'hsdp' is written with @P"),
+        ("ddp@2", "'ddp' is written without @P"),
+        ("ours@3", "P must divide the number of ranks: got 'ours@3' and 1 ranks"),
+        ("ddp/our_rs", "our reduce-scatter fits FSDP2 and HSDP"),
+        ("ddp/fast", "a variant must be one of our_rs, communication"),
+    ],
+)
+def test_names_that_are_wrong_are_refused(name: str, message: str):
+    command = [sys.executable, str(ROOT / "benchmarks" / "train_bench"), "--strategy", name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr

@@ -230,3 +230,39 @@ def test_what_is_missing_is_said(change: str, says: str):
     )
     assert done.returncode == 77
     assert says in done.stderr
+
+
+@pytest.mark.usefixtures("permitted")
+def test_contest_counts_what_its_links_carry_and_makes_a_page(tmp_path: Path):
+    """train_bench under run_all's names: bytes, parity, and the page that is made of them."""
+    data = tmp_path / "data"
+    data.mkdir()
+    contest = (sys.executable, str(ROOT / "benchmarks" / "train_bench"))
+    names = ("ddp", "ours@2", "ours@4", "ours_flat@4", "ours_residency@4")
+    done = run(
+        *("--nodes", "2", "--ranks-per-node", "2", "--timeout", "300"),
+        *("--json", str(data / "two_nodes-1.cluster.json"), "--", *contest),
+        *("--strategy", *names, "--steps", "1", "--layers", "4"),
+        *("--json", str(data / "two_nodes-1.json")),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = json.loads((data / "two_nodes-1.json").read_text())["records"]
+    for name in names:
+        record = records[name]
+        assert record["parity"] == "exact"
+        if name != "ddp":
+            counted = record["counted_inter_nbytes"]
+            assert counted <= record["link_nbytes"] <= 1.015 * counted + 20_000
+    across = {name: records[name]["counted_inter_nbytes"] for name in names}
+    assert across["ours_residency@4"] < across["ours@4"] / 4 < across["ours_flat@4"] / 4
+    page = [sys.executable, str(ROOT / "benchmarks" / "run_all.py"), "--render"]
+    done = subprocess.run(
+        [*page, "--out", str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "README.md").read_text()
+    assert "| ours_residency@4 |" in text
+    assert "python benchmarks/emulated_cluster --nodes 2 --ranks-per-node 2 --rate 500mbit" in text
+    assert str(ROOT) not in text
+    assert str(tmp_path) not in text
+    assert (tmp_path / "two_nodes.svg").stat().st_size > 1000

@@ -1,5 +1,6 @@
 #include "mics/c10d_communicator.h"
 
+#include <algorithm>
 #include <functional>
 #include <string>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
@@ -52,13 +53,21 @@ c10::intrusive_ptr<c10d::Work> start_all_to_all(Group& group, at::Tensor& output
   }
 }
 
+bool is_fake(c10d::ProcessGroup& group) {
+  const std::vector<c10::Device> devices = group.getDeviceTypes();
+  return std::any_of(devices.begin(), devices.end(), [&](c10::Device device) {
+    return group.getBackend(device.type())->getBackendName() == "fake";
+  });
+}
+
 class C10dCommunicator final : public Communicator {
  public:
   C10dCommunicator(GroupInfo group, c10::intrusive_ptr<c10d::ProcessGroup> process_group,
                    std::chrono::milliseconds timeout)
       : Communicator(std::move(group)),
         process_group_(std::move(process_group)),
-        timeout_(timeout) {
+        timeout_(timeout),
+        moves_data_(!is_fake(*process_group_)) {
     const int size = process_group_->getSize();
     const int rank = process_group_->getRank();
     MICS_CHECK(size == this->group().size() && rank == this->group().rank,
@@ -68,6 +77,7 @@ class C10dCommunicator final : public Communicator {
   }
 
   int64_t staging_nbytes() const override { return staging_.nbytes(); }
+  bool moves_data() const override { return moves_data_; }
 
   void barrier() override {
     c10d::BarrierOptions options;
@@ -172,6 +182,7 @@ class C10dCommunicator final : public Communicator {
 
   const c10::intrusive_ptr<c10d::ProcessGroup> process_group_;
   const std::chrono::milliseconds timeout_;
+  const bool moves_data_;
   Staging staging_;  // used where the operations run
   // For messages. Traffic is counted on the issuing thread, this where the operation runs.
   int64_t num_started_ = 0;

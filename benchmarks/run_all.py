@@ -1,0 +1,151 @@
+"""Runs all comparisons on the emulated cluster and writes a page of tables and plots.
+
+    python benchmarks/run_all.py --out docs/results
+    python benchmarks/run_all.py --out docs/results --only one_node two_nodes --repeats 1
+    python benchmarks/run_all.py --out docs/results --render
+
+Each launch is one file in OUT/data; what is there already is not run again, so a run that was stopped
+goes on where it was. Needs what benchmarks/emulated_cluster needs. Nothing else should run meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+from results import render
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+HERE = Path(__file__).parent
+REAL = ("--steps", "5", "--base", "ddp")
+# Layers that wait, at the ratio of network to compute that BERT 10B has on p3dn.
+VIRTUAL = (
+    *("--compute", "virtual", "--preset", "p3dn", "--layers", "4", "--layer-mb", "2"),
+    *("--micro-steps", "2", "--steps", "3", "--base", "none"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One launch: a cluster, and what runs on it."""
+
+    nodes: int
+    ranks_per_node: int
+    rate: str
+    arguments: tuple[str, ...]
+
+
+def _weak(nodes: int) -> Cell:
+    """Groups of a node beside one group over all; alone there is nothing to choose."""
+    over_all = (
+        ("ours@4",) if nodes == 1 else ("ours@4", f"ours_flat@{4 * nodes}", f"ours@{4 * nodes}")
+    )
+    return Cell(nodes, 4, "100mbit", ("--strategy", "none", *over_all, *VIRTUAL))
+
+
+CELLS = {
+    "one_node": Cell(
+        *(4, 2, "500mbit"),
+        (
+            *("--strategy", "none", "ddp", "fsdp2", "hsdp_deferred@2", "hsdp_deferred@2/our_rs"),
+            *("hsdp_nosync@2", "hsdp_nosync@2/our_rs", "ours@2", "ours_gloo@2", "ours_nosync@2"),
+            *REAL,
+        ),
+    ),
+    "two_nodes": Cell(
+        *(4, 2, "500mbit"),
+        (
+            *("--strategy", "ddp", "hsdp_deferred@4", "hsdp_deferred@4/our_rs", "hsdp_nosync@4"),
+            *("ours@2", "ours@4", "ours_flat@4", "ours_residency@4"),
+            *REAL,
+        ),
+    ),
+    "all_nodes": Cell(
+        *(4, 2, "500mbit"),
+        (
+            *("--strategy", "ddp", "fsdp2", "fsdp2_best", "fsdp2_nosync", "fsdp2/our_rs"),
+            *("ours@8", "ours_flat@8", "ours_residency@8"),
+            *REAL,
+        ),
+    ),
+    **{
+        f"accumulation_{steps}": Cell(
+            *(4, 2, "500mbit"),
+            (
+                *("--strategy", "ddp", "hsdp@2", "hsdp_deferred@2", "ours@2", "ours@8"),
+                *("--micro-steps", str(steps), *REAL),
+            ),
+        )
+        for steps in (1, 2, 8)
+    },
+    **{f"weak_scaling_{nodes}": _weak(nodes) for nodes in (1, 2, 4, 8)},
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--repeats", type=int, default=3, help="launches of each comparison")
+    parser.add_argument("--only", nargs="+", choices=CELLS, default=list(CELLS), metavar="NAME")
+    parser.add_argument("--render", action="store_true", help="run nothing, only write the page")
+    return parser.parse_args()
+
+
+def command(cell: Cell, data: Path, name: str) -> list[str]:
+    """The command line of one launch."""
+    return [
+        *(sys.executable, str(HERE / "emulated_cluster"), "--nodes", str(cell.nodes)),
+        *("--ranks-per-node", str(cell.ranks_per_node), "--rate", cell.rate),
+        *("--json", str(data / f"{name}.cluster.json"), "--"),
+        *(sys.executable, str(HERE / "train_bench"), *cell.arguments),
+        *("--json", str(data / f"{name}.json")),
+    ]
+
+
+def run(cell: Cell, data: Path, name: str) -> None:
+    """Runs one launch; its output goes to a log beside the numbers when it fails."""
+    done = subprocess.run(
+        command(cell, data, name),
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    if done.returncode != 0:
+        log = data / f"{name}.log"
+        log.write_text(done.stdout + done.stderr)
+        raise SystemExit(f"{name} ended with status {done.returncode}; its output is in {log}")
+
+
+def main() -> None:
+    """Runs what is missing, round by round, then renders."""
+    arguments = parse_arguments()
+    data = arguments.out / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    rounds = [(f"{n}-{r}", n) for r in range(1, arguments.repeats + 1) for n in arguments.only]
+    missing = [(name, cell) for name, cell in rounds if not (data / f"{name}.json").exists()]
+    columns = (
+        *(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total}"),
+        ),
+        *(TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=0 if arguments.render else len(missing))
+        for name, cell in [] if arguments.render else missing:
+            progress.update(task, description=name)
+            run(CELLS[cell], data, name)
+            progress.advance(task)
+    print(render(arguments.out))
+
+
+if __name__ == "__main__":
+    main()
