@@ -89,15 +89,21 @@ def _load(data: Path, name: str) -> Comparison | None:
     return Comparison(name, base, lines, launches, gates, command)
 
 
+def portable(command: list[str]) -> list[str]:
+    """A launch's command without what belongs to the machine: interpreter, folders, output files."""
+    words = ["python", "benchmarks/train_bench", *command[2:]]
+    if "--json" in words:
+        place = words.index("--json")
+        del words[place : place + 2]
+    return words
+
+
 def _shown(cluster: dict[str, Any], launch: dict[str, Any]) -> str:
-    """The command without what belongs to the machine."""
-    words = [word for word in cluster["command"][2:] if not word.endswith(".json")]
-    words = [word for word in words if word != "--json"]
-    rate = cluster["rate_bps"] // 1_000_000
+    """The whole command, to be run from the root of the checkout."""
     return (
         f"python benchmarks/emulated_cluster --nodes {cluster['nodes']} "
-        f"--ranks-per-node {launch['ranks_per_node']} --rate {rate}mbit -- "
-        f"python benchmarks/train_bench {' '.join(words)}"
+        f"--ranks-per-node {launch['ranks_per_node']} "
+        f"--rate {cluster['rate_bps'] // 1_000_000}mbit -- {' '.join(portable(cluster['command']))}"
     )
 
 
@@ -194,11 +200,11 @@ def render(out: Path) -> str:
             _plot(comparison, out / f"{comparison.name}.svg")
             text += [f"![step time and bytes]({comparison.name}.svg)", ""]
         text += [
-            f"{len(comparison.launches)} launches, {steps} timed steps each. Commit "
+            f"Launches: {len(comparison.launches)}, timed steps in all: {steps}. Commit "
             f"{versions['commit']}, torch {versions['torch']}, {versions['cores']} cores, "
             f"Linux {versions['kernel']}, {versions.get('date', 'no date')}.",
             "",
-            *([f"**Not valid:** {gate}." for gate in comparison.gates] or ["All gates hold."]),
+            *([f"- **Not valid:** {gate}." for gate in comparison.gates] or ["All gates hold."]),
             "",
             "```bash",
             comparison.command,

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
 
-from results import render
+from results import portable, render
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -121,6 +122,15 @@ def run(cell: Cell, data: Path, name: str) -> None:
         log = data / f"{name}.log"
         log.write_text(done.stdout + done.stderr)
         raise SystemExit(f"{name} ended with status {done.returncode}; its output is in {log}")
+    make_portable(data, name)
+
+
+def make_portable(data: Path, name: str) -> None:
+    """Takes this machine's paths out of a launch's numbers, so that they can be kept in the project."""
+    cluster = data / f"{name}.cluster.json"
+    numbers = json.loads(cluster.read_text())
+    numbers["command"] = portable(numbers["command"])
+    cluster.write_text(json.dumps(numbers, indent=1) + "\n")
 
 
 def main() -> None:

@@ -240,7 +240,7 @@ def main() -> int:
         ratios = paired_ratios(records, arguments.base)
         show(records, ratios, arguments.base)
         if arguments.json is not None:
-            options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()}
+            options = {name: value for name, value in vars(arguments).items() if name != "json"}
             numbers = {
                 "versions": versions(),
                 "options": options,
