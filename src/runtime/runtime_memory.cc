@@ -111,6 +111,8 @@ RuntimeMemory::RuntimeMemory(const std::vector<std::shared_ptr<Unit>>& units, co
       block_slots_(events),
       homes_(units.size()),
       reductions_(static_cast<size_t>(depths.reductions)) {
+  // Views by dtype that are made in the caller's inference mode could not be written to later.
+  const c10::InferenceMode no_inference(false);
   Cutter cutter;
   std::vector<int64_t> full_sizes;
   std::vector<int64_t> block_sizes;

@@ -1,6 +1,7 @@
 // What the runtime does ahead of use, keeps between uses and plans to hold: counted, not timed.
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
 #include <gtest/gtest.h>
 
 #include <array>
@@ -345,6 +346,23 @@ TEST(Memory, PartsAddUpAndHoldWhatResidencyAsksFor) {
                                                "full slots", "reductions",   "packed gradients",
                                                "flags"};
     ASSERT_EQ(names, expected);
+  });
+}
+
+TEST(Memory, PlannedInInferenceModeServesTrainingToo) {
+  const ResidencySettings residency = {kBlock, kBlock, kBlock};
+  const std::vector<std::vector<at::Tensor>> expected = gradients_under(residency);
+  on_two_nodes([&](LocalWorld& world, int rank) {
+    Model model(world, kTwoNodes, rank, residency);
+    {
+      const c10::InferenceMode inference;
+      (void)model.engine().memory();
+    }
+    run_step(model, rank);
+    const std::vector<at::Tensor> found = gradients_of(model);
+    for (size_t layer = 0; layer < found.size(); ++layer) {
+      ASSERT_TRUE(at::equal(found[layer], expected[static_cast<size_t>(rank)][layer]));
+    }
   });
 }
 
