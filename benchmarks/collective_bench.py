@@ -275,7 +275,8 @@ def main() -> None:
     arguments = parse_arguments()
     if "RANK" in os.environ:
         start_rank(int(os.environ.get("LOCAL_RANK", "0")), arguments, "")
-        return
+        sys.stdout.flush()
+        os._exit(0)  # docs/errors.md#a-cpu-rank-aborts-at-its-end
     with tempfile.TemporaryDirectory() as directory:
         store = str(Path(directory, "store"))
         torch.multiprocessing.spawn(start_rank, (arguments, store), arguments.ranks)

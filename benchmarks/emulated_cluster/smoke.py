@@ -17,6 +17,7 @@ Per node and step over its link, with M bytes of parameters, s micro-steps, n ra
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -160,3 +161,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)  # docs/errors.md#a-cpu-rank-aborts-at-its-end
