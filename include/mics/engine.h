@@ -27,15 +27,16 @@
 #include <string>
 #include <vector>
 
+#include "mics/boundary_agreement.h"
 #include "mics/communicator.h"
 #include "mics/gather_pipeline.h"
+#include "mics/phase_orders.h"
 #include "mics/reduce_pipeline.h"
 #include "mics/runtime_memory.h"
 #include "mics/runtime_streams.h"
 #include "mics/schedule.h"
 #include "mics/step_digest.h"
 #include "mics/unit.h"
-#include "mics/use_order.h"
 
 namespace mics {
 
@@ -93,7 +94,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // Plans the memory, if it is not there. For reports before the first step.
   const RuntimeMemory& memory();
   // Times that units were used in another order than recorded.
-  [[nodiscard]] int64_t num_order_changes() const { return num_order_changes_; }
+  [[nodiscard]] int64_t num_order_changes() const { return orders_.num_changes(); }
   // What the caller's thread has stood still since construction, for gathers and for reductions of
   // a unit: communication that compute does not hide. About nothing where waits are a device's.
   [[nodiscard]] std::chrono::nanoseconds exposed_gather(int unit) const {
@@ -115,13 +116,6 @@ class Engine : public std::enable_shared_from_this<Engine> {
     bool is_recomputation = false;  // inside a backward
   };
 
-  enum class PhaseKind { kForward, kBackward };
-  // A phase is known by its kind and the first unit that it uses.
-  struct Phase {
-    UseOrder order;
-    Phase* next = nullptr;  // the one that followed the last time
-  };
-
   // What decides the plan of the memory.
   using MemoryKey = std::vector<std::array<bool, 3>>;
 
@@ -133,8 +127,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   void gather_ahead(int unit);
   void start_ahead();
   void rest(int unit, Residency residency);
-  void begin_phase(PhaseKind kind);
-  void note_phase(int first_unit);
+  void begin_phase(PhaseOrders::Kind kind);
   [[nodiscard]] bool stays_full(int unit) const;
   [[nodiscard]] const std::vector<int>& upcoming(int depth);
   void begin_forward();
@@ -144,15 +137,12 @@ class Engine : public std::enable_shared_from_this<Engine> {
   void run(const std::vector<Action>& actions);
   void reduce(int unit);
   void synchronize_pending();
-  [[nodiscard]] std::vector<bool> sum_flags(const std::vector<int>& finished, int64_t num_flags);
-  void check_digest();
   [[nodiscard]] bool has_failed() const;
   void reset_pipelines();
   [[nodiscard]] bool backward_died() const;
 
   // Constant after construction.
   const std::vector<std::shared_ptr<Unit>> units_;
-  Communicator* const control_;
   const Depths depths_;
   const std::shared_ptr<RuntimeStreams> streams_;
 
@@ -162,22 +152,15 @@ class Engine : public std::enable_shared_from_this<Engine> {
   ReducePipeline reduces_;
   std::unique_ptr<RuntimeMemory> memory_;
   MemoryKey memory_key_;
-  // Of control_'s all-reduce of flags.
-  const std::unique_ptr<Event> flags_written_;
-  std::unique_ptr<Event> flags_summed_;
+  BoundaryAgreement agreement_;
+  PhaseOrders orders_;
   std::vector<std::vector<int>> forward_prefetch_;   // per unit
   std::vector<std::vector<int>> backward_prefetch_;  // per unit
-  std::array<std::vector<Phase>, 2> phases_;         // by kind and first unit
-  std::optional<PhaseKind> phase_kind_;              // of the open phase
-  Phase* phase_ = nullptr;                           // the open one, from its first use on
-  Phase* last_phase_ = nullptr;    // the one before it, where gathers cross its end
-  bool looks_past_phase_ = false;  // gathers cross the end of the open phase
-  std::vector<int> upcoming_;      // what upcoming() gave
-  int64_t num_order_changes_ = 0;
-  std::vector<std::vector<OpenCall>> open_calls_;  // per unit, innermost last
-  int forward_depth_ = 0;                          // open forwards outside backward
-  std::shared_ptr<Tape> forward_tape_;             // of the open root forward
-  std::shared_ptr<Tape> recomputation_tape_;       // of a backward that began with a recomputation
+  std::vector<int> upcoming_;                        // what upcoming() gave
+  std::vector<std::vector<OpenCall>> open_calls_;    // per unit, innermost last
+  int forward_depth_ = 0;                            // open forwards outside backward
+  std::shared_ptr<Tape> forward_tape_;               // of the open root forward
+  std::shared_ptr<Tape> recomputation_tape_;  // of a backward that began with a recomputation
   // Owned by the callback that autograd holds for the outermost backward: gone when that backward
   // has ended, by an exception too. A flag would stay set after an exception.
   std::weak_ptr<int> backward_alive_;

@@ -92,7 +92,7 @@ class GatherPipeline {
     std::chrono::nanoseconds exposed{0};
     std::unique_ptr<Event> block_written;
     std::unique_ptr<Event> full_written;
-    std::vector<Pairs> pairs;  // of the slots met so far
+    std::vector<Pairs> pairs;  // of the planned slots met so far
   };
 
   [[nodiscard]] Unit& unit(int index) { return *units_[static_cast<size_t>(index)]; }
@@ -104,7 +104,8 @@ class GatherPipeline {
   [[nodiscard]] bool take_block(int index, bool may_grow);
   void free_full(int index);
   void free_block(int index);
-  const std::vector<TensorPair>& pairs_of(int index);
+  void send_intra(int index);
+  [[nodiscard]] std::vector<TensorPair> make_pairs(int index);
 
   const std::vector<std::shared_ptr<Unit>>& units_;
   RuntimeStreams& streams_;

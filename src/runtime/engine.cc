@@ -1,6 +1,5 @@
 #include "mics/engine.h"
 
-#include <ATen/ops/empty.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/engine.h>
@@ -33,18 +32,16 @@ std::shared_ptr<Engine> Engine::create(std::vector<std::shared_ptr<Unit>> units,
 Engine::Engine(std::vector<std::shared_ptr<Unit>> units, Communicator* control,
                std::shared_ptr<RuntimeStreams> streams, Depths depths)
     : units_(std::move(units)),
-      control_(control),
       depths_(depths),
       streams_(std::move(streams)),
       schedule_(static_cast<int>(units_.size())),
       gathers_(units_, *streams_, digest_),
       reduces_(units_, depths_, *streams_, digest_),
-      flags_written_(streams_->compute->make_event()),
-      flags_summed_(streams_->gather_rail->make_event()),
+      agreement_(units_, control, *streams_, digest_),
+      orders_(static_cast<int>(units_.size())),
       forward_prefetch_(units_.size()),
       backward_prefetch_(units_.size()),
       open_calls_(units_.size()) {
-  for (std::vector<Phase>& phases : phases_) phases.resize(units_.size());
   upcoming_.reserve(static_cast<size_t>(std::max(depths_.intra, depths_.rail)));
 }
 
@@ -68,12 +65,8 @@ Engine::MemoryKey Engine::memory_key() const {
 
 void Engine::ensure_memory() {
   if (memory_ == nullptr) {
-    int64_t num_flags = 0;
-    if (control_ != nullptr) {
-      num_flags = StepDigest::kNumWords;
-      for (const std::shared_ptr<Unit>& unit : units_) num_flags += unit->num_trainable();
-    }
-    memory_ = std::make_unique<RuntimeMemory>(units_, depths_, *streams_->compute, num_flags);
+    memory_ =
+        std::make_unique<RuntimeMemory>(units_, depths_, *streams_->compute, agreement_.numel());
     memory_key_ = memory_key();
     gathers_.set_memory(memory_.get());
     reduces_.set_memory(memory_.get());
@@ -100,40 +93,21 @@ const RuntimeMemory& Engine::memory() {
   return *memory_;
 }
 
-void Engine::begin_phase(PhaseKind kind) {
-  phase_kind_ = kind;
-  phase_ = nullptr;
+void Engine::begin_phase(PhaseOrders::Kind kind) {
   // After a forward that records comes its backward; after a backward that is no boundary the next
   // micro-step. A boundary is followed by a write of the shards.
   const auto is_boundary = [](const std::shared_ptr<Unit>& unit) {
     return unit->settings().reduce_gradients && unit->settings().synchronize_gradients;
   };
-  looks_past_phase_ = kind == PhaseKind::kForward
+  orders_.begin(kind, kind == PhaseOrders::Kind::kForward
                           ? c10::GradMode::is_enabled()
-                          : std::none_of(units_.begin(), units_.end(), is_boundary);
+                          : std::none_of(units_.begin(), units_.end(), is_boundary));
 }
 
 void Engine::end_phase() {
-  if (phase_ != nullptr) {
-    if (!phase_->order.end()) {
-      ++num_order_changes_;
-      gathers_.drop_unused();
-    }
-    if (looks_past_phase_) start_ahead();
-    last_phase_ = looks_past_phase_ ? phase_ : nullptr;
-  }
-  phase_kind_.reset();
-  phase_ = nullptr;
-}
-
-// The first use of the open phase.
-void Engine::note_phase(int first_unit) {
-  phase_ = &phases_[static_cast<size_t>(*phase_kind_)][static_cast<size_t>(first_unit)];
-  phase_->order.begin();
-  if (last_phase_ == nullptr || last_phase_->next == phase_) return;
-  // What was started for the phase that did not come.
-  if (last_phase_->next != nullptr) gathers_.drop_unused();
-  last_phase_->next = phase_;
+  if (!orders_.end_uses()) gathers_.drop_unused();
+  if (orders_.looks_past()) start_ahead();
+  orders_.end();
 }
 
 // `unit` needs no gather for its next use: it is full, and will be when its module lets go of it.
@@ -141,23 +115,22 @@ bool Engine::stays_full(int unit) const {
   if (!gathers_.is_kept_full(unit)) return false;
   if (!gathers_.is_held(unit)) return true;
   const ResidencySettings& residency = units_[static_cast<size_t>(unit)]->settings().residency;
-  return (phase_kind_ == PhaseKind::kBackward ? residency.between_microsteps
-                                              : residency.after_forward) == Residency::kFull;
+  return (orders_.is_open(PhaseOrders::Kind::kBackward)
+              ? residency.between_microsteps
+              : residency.after_forward) == Residency::kFull;
 }
 
 // The next `depth` units to gather in the recorded order, as far as it is known.
 const std::vector<int>& Engine::upcoming(int depth) {
   upcoming_.clear();
-  if (phase_ == nullptr) return upcoming_;
   const auto add = [&](int unit) {
     if (!stays_full(unit)) upcoming_.push_back(unit);
     return static_cast<int>(upcoming_.size()) < depth;
   };
-  for (const int unit : phase_->order.upcoming(depth + kMaxPassedOver)) {
+  for (const int unit : orders_.upcoming(depth + kMaxPassedOver)) {
     if (!add(unit)) return upcoming_;
   }
-  if (!looks_past_phase_ || phase_->next == nullptr) return upcoming_;
-  for (const int unit : phase_->next->order.first(depth + kMaxPassedOver)) {
+  for (const int unit : orders_.following(depth + kMaxPassedOver)) {
     // One that is held now is gathered again first.
     if (gathers_.is_held(unit) && !stays_full(unit)) break;
     if (!add(unit)) break;
@@ -166,11 +139,7 @@ const std::vector<int>& Engine::upcoming(int depth) {
 }
 
 void Engine::use(int unit) {
-  if (phase_ == nullptr && phase_kind_.has_value()) note_phase(unit);
-  if (phase_ != nullptr && !phase_->order.note(unit)) {
-    ++num_order_changes_;
-    gathers_.drop_unused();
-  }
+  if (!orders_.use(unit)) gathers_.drop_unused();
   // First what is needed now; then what comes, so that it moves while this one is waited for.
   MICS_INTERNAL_CHECK(gathers_.start_intra(unit, /*may_grow=*/true), "no memory for a gather.");
   gather_ahead(unit);
@@ -179,7 +148,7 @@ void Engine::use(int unit) {
 
 void Engine::gather_ahead(int unit) {
   const std::vector<std::vector<int>>& lists =
-      phase_kind_ == PhaseKind::kBackward ? backward_prefetch_ : forward_prefetch_;
+      orders_.is_open(PhaseOrders::Kind::kBackward) ? backward_prefetch_ : forward_prefetch_;
   const std::vector<int>& explicit_list = lists[static_cast<size_t>(unit)];
   if (!explicit_list.empty()) {
     for (const int ahead : explicit_list) prefetch(ahead);
@@ -200,8 +169,7 @@ void Engine::start_ahead() {
 void Engine::rest(int unit, Residency residency) {
   // Only inside the phase: the last unit of a forward is gathered again for its backward, as the
   // byte counts of the plan say.
-  const std::span<const int> next =
-      phase_ == nullptr ? std::span<const int>() : phase_->order.upcoming(depths_.intra);
+  const std::span<const int> next = orders_.upcoming(depths_.intra);
   if (residency != Residency::kFull && std::find(next.begin(), next.end(), unit) != next.end()) {
     return gathers_.keep(unit);
   }
@@ -247,7 +215,7 @@ void Engine::begin_forward() {
     drop_memory();
   }
   ensure_memory();
-  begin_phase(PhaseKind::kForward);
+  begin_phase(PhaseOrders::Kind::kForward);
 }
 
 bool Engine::has_failed() const {
@@ -309,9 +277,7 @@ void Engine::post_forward(int unit, bool failed) {
   const ResidencySettings& residency = units_[static_cast<size_t>(unit)]->settings().residency;
   rest(unit, failed ? Residency::kShard : residency.after_forward);
   // The last one of the forward: what its backward needs first can move beside the loss.
-  if (!failed && forward_depth_ > 1 && phase_ != nullptr && phase_->order.upcoming(1).empty()) {
-    start_ahead();
-  }
+  if (!failed && forward_depth_ > 1 && orders_.upcoming(1).empty()) start_ahead();
   if (--forward_depth_ == 0) {
     forward_tape_ = nullptr;
     end_phase();
@@ -330,7 +296,7 @@ void Engine::begin_backward() {
     (void)schedule_.finish_backward();
   }
   ensure_memory();
-  begin_phase(PhaseKind::kBackward);
+  begin_phase(PhaseOrders::Kind::kBackward);
   const auto alive = std::make_shared<int>(0);
   backward_alive_ = alive;
   backward_started_ = true;
@@ -381,7 +347,7 @@ void Engine::reduce(int index) {
 void Engine::finish_backward() {
   ensure_memory();
   run(schedule_.finish_backward());
-  if (phase_kind_ == PhaseKind::kBackward) end_phase();
+  if (orders_.is_open(PhaseOrders::Kind::kBackward)) end_phase();
   recomputation_tape_ = nullptr;
   backward_started_ = false;
   synchronize_pending();
@@ -390,8 +356,8 @@ void Engine::finish_backward() {
 // At a boundary: hop 2 for units that this backward did not touch but earlier micro-steps did, then
 // makes the gradients visible.
 void Engine::synchronize_pending() {
-  int64_t num_flags = 0;
   std::vector<int> finished;
+  std::vector<bool> used;
   for (int index = num_units() - 1; index >= 0; --index) {
     Unit& synchronized = unit(index);
     const UnitSettings& settings = synchronized.settings();
@@ -400,75 +366,20 @@ void Engine::synchronize_pending() {
     reduces_.synchronize(index);
     if (!synchronized.hidden().defined()) continue;
     finished.push_back(index);
-    num_flags += synchronized.num_trainable();
+    used.insert(used.end(), synchronized.used().begin(), synchronized.used().end());
   }
   if (finished.empty()) return;
   // A parameter that no rank used keeps `.grad` None, as in one process; one that some rank used
   // has a gradient on all. One small reduction tells.
-  const std::vector<bool> used = sum_flags(finished, num_flags);
+  used = agreement_.sum(used, memory_->flags());
   for (const int index : finished) reduces_.wait(index);
-  check_digest();
+  agreement_.check(memory_->flags());
   auto flag = used.begin();
   for (const int index : finished) {
     const auto last = flag + unit(index).num_trainable();
     unit(index).expose(std::vector<bool>(flag, last));
     flag = last;
   }
-}
-
-// Which trainable parameters of `finished` had a gradient on any rank.
-std::vector<bool> Engine::sum_flags(const std::vector<int>& finished, int64_t num_flags) {
-  std::vector<bool> used;
-  for (const int index : finished) {
-    used.insert(used.end(), unit(index).used().begin(), unit(index).used().end());
-  }
-  if (control_ == nullptr) return used;
-  streams_->compute->wait(*flags_summed_);  // of the last boundary
-  // The transport of the control group is that of the shards.
-  constexpr auto kNumWords = static_cast<int64_t>(StepDigest::kNumWords);
-  const at::Tensor flags = memory_->flags().narrow(0, 0, kNumWords + num_flags);
-  const bool is_on_host = flags.device().is_cpu();
-  at::Tensor on_host = is_on_host ? flags : at::empty({kNumWords + num_flags}, at::kLong);
-  auto* words = on_host.mutable_data_ptr<int64_t>();
-  digest_.write(words);
-  std::copy(used.begin(), used.end(), words + kNumWords);
-  if (!is_on_host) flags.copy_(on_host);
-  streams_->compute->note_write(flags);
-  streams_->compute->record(*flags_written_);
-  // On a stream that is idle at a boundary: behind the replicas' all-reduces it would come last.
-  streams_->gather_rail->wait(*flags_written_);
-  control_->all_reduce(flags, *streams_->gather_rail);
-  streams_->gather_rail->record(*flags_summed_);
-  // Used here is used somewhere: nothing to wait for.
-  if (std::find(used.begin(), used.end(), false) == used.end()) return used;
-  streams_->compute->wait(*flags_summed_);
-  streams_->compute->note_read(flags);
-  on_host = flags.to(at::kCPU);
-  const auto* flag = on_host.const_data_ptr<int64_t>() + kNumWords;
-  for (int64_t i = 0; i < num_flags; ++i) used[static_cast<size_t>(i)] = flag[i] > 0;
-  return used;
-}
-
-// The last use of the flags' sum. On a CPU it has run beside the reductions that compute has waited
-// for; on a device a look at it would stop the host.
-void Engine::check_digest() {
-  if (control_ != nullptr && control_->moves_data() && memory_->flags().device().is_cpu()) {
-    streams_->compute->wait(*flags_summed_);
-    streams_->compute->note_read(memory_->flags());
-    if (!StepDigest::are_equal(memory_->flags().const_data_ptr<int64_t>(),
-                               control_->group().size())) {
-      std::vector<std::string> names;
-      for (const std::shared_ptr<Unit>& unit : units_) names.push_back(unit->name());
-      const std::string difference =
-          digest_.describe_difference(*control_, *streams_->gather_rail, names);
-      digest_.clear();
-      throw CommError("all ranks must run the units in the same order: " + difference +
-                      ". What was gathered and reduced since then is mixed up; shards are as they "
-                      "were. Run the same modules in the same order on every rank, and call "
-                      "reset() before the next step.");
-    }
-  }
-  digest_.clear();
 }
 
 std::vector<std::string> Engine::unfinished_units() const {
@@ -493,7 +404,7 @@ void Engine::reset_pipelines() {
   for (Stream* stream : streams_->communication()) stream->reset();
   gathers_.reset();
   reduces_.reset();
-  flags_summed_ = streams_->gather_rail->make_event();
+  agreement_.reset();
   memory_ = nullptr;
 }
 
@@ -505,12 +416,8 @@ void Engine::reset() {
   recomputation_tape_ = nullptr;
   backward_alive_.reset();
   backward_started_ = false;
-  phase_kind_.reset();
-  phase_ = nullptr;
-  last_phase_ = nullptr;
   // What went wrong may be that ranks recorded different orders.
-  for (std::vector<Phase>& phases : phases_) std::fill(phases.begin(), phases.end(), Phase());
-  digest_.clear();
+  orders_.forget();
   reset_pipelines();
 }
 

@@ -10,13 +10,6 @@
 
 namespace mics {
 
-namespace {
-
-// More than the slots that a unit meets in rotation; slots beside the plan come and go.
-constexpr size_t kMaxKnownPairs = 16;
-
-}  // namespace
-
 GatherPipeline::GatherPipeline(const std::vector<std::shared_ptr<Unit>>& units,
                                RuntimeStreams& streams, StepDigest& digest)
     : units_(units),
@@ -129,28 +122,42 @@ bool GatherPipeline::start_rail(int index, bool may_grow) {
   return true;
 }
 
-const std::vector<TensorPair>& GatherPipeline::pairs_of(int index) {
-  State& to = state(index);
-  Unit& started = unit(index);
-  const at::Tensor& from = to.block != nullptr ? to.block->memory : started.shard();
-  const void* full_data = to.full->memory.const_data_ptr();
-  const void* block_data = from.const_data_ptr();
-  const auto kept = std::find_if(to.pairs.begin(), to.pairs.end(), [&](const Pairs& known) {
-    return known.full == full_data && known.block == block_data;
-  });
-  if (kept != to.pairs.end()) return kept->pairs;
+std::vector<TensorPair> GatherPipeline::make_pairs(int index) {
+  const State& to = state(index);
+  const Unit& started = unit(index);
   const ShardLayout& layout = started.layout();
   const HopCommunicators& hops = started.communicators().gather;
   const at::Tensor block =
       to.block == nullptr
-          ? from
+          ? started.shard()
           : to.block->as(started.parameter_dtype(), hops.num_nodes() * layout.shard_numel());
-  if (to.pairs.size() == kMaxKnownPairs) to.pairs.erase(to.pairs.begin());
-  to.pairs.push_back(
-      {full_data, block_data,
-       gather_pairs(layout, block, to.full->as(started.parameter_dtype(), layout.full_numel()),
-                    hops)});
-  return to.pairs.back().pairs;
+  return gather_pairs(layout, block, to.full->as(started.parameter_dtype(), layout.full_numel()),
+                      hops);
+}
+
+// Hop 2. Its tensors are made once per pair of slots, and kept where the slots are there to stay: a
+// slot beside the plan is freed with its last tensor.
+void GatherPipeline::send_intra(int index) {
+  State& to = state(index);
+  Unit& started = unit(index);
+  Communicator& intra = *started.communicators().gather.intra;
+  const auto send = [&](const std::vector<TensorPair>& pairs) {
+    if (intra.group().size() > 1) digest_.note(StepDigest::Launch::kGatherIntra, index);
+    if (!pairs.empty()) intra.all_gather(pairs, *streams_.gather_intra, started.name());
+  };
+  if (!to.full->is_planned || (to.block != nullptr && !to.block->is_planned)) {
+    return send(make_pairs(index));
+  }
+  const void* full = to.full->memory.const_data_ptr();
+  const void* block =
+      to.block != nullptr ? to.block->memory.const_data_ptr() : started.shard().const_data_ptr();
+  auto kept = std::find_if(to.pairs.begin(), to.pairs.end(), [&](const Pairs& known) {
+    return known.full == full && known.block == block;
+  });
+  if (kept == to.pairs.end()) {
+    kept = to.pairs.insert(to.pairs.end(), {full, block, make_pairs(index)});
+  }
+  send(kept->pairs);
 }
 
 bool GatherPipeline::start_intra(int index, bool may_grow) {
@@ -176,10 +183,7 @@ bool GatherPipeline::start_intra(int index, bool may_grow) {
   to.is_awaited = false;
   if (started.num_nodes() > 1) stream.wait(*to.block_written);
   stream.wait(*to.full->free);
-  const std::vector<TensorPair>& pairs = pairs_of(index);
-  Communicator& intra = *started.communicators().gather.intra;
-  if (intra.group().size() > 1) digest_.note(StepDigest::Launch::kGatherIntra, index);
-  if (!pairs.empty()) intra.all_gather(pairs, stream, started.name());
+  send_intra(index);
   stream.record(*to.full_written);
   if (to.block != nullptr) stream.record(*to.block->free);
   if (!started.keeps_block()) free_block(index);

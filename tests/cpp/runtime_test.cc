@@ -9,6 +9,7 @@
 #include "mics/engine.h"
 #include "mics/error.h"
 #include "support/chain_model.h"
+#include "support/counting.h"
 #include "support/multi_rank.h"
 
 namespace mics {
@@ -387,6 +388,26 @@ TEST(Memory, UnitsUnshardedByHandAreCountedAsGrowth) {
     ASSERT_EQ(model.engine().memory().num_grown(), kNumLayers - 2);
     for (int layer = 0; layer < kNumLayers; ++layer) model.engine().reshard(layer);
   });
+}
+
+TEST(Memory, BesideThePlanIsFreedWhenGivenBack) {
+  const testing::CountingAllocator allocator;
+  LocalWorld world(kTwoNodes.size(), std::chrono::seconds(60));
+  std::vector<std::unique_ptr<Model>> models(static_cast<size_t>(kTwoNodes.size()));
+  const auto unshard_all = [&](int rank, int num_units) {
+    Engine& engine = models[static_cast<size_t>(rank)]->engine();
+    for (int layer = 0; layer < num_units; ++layer) engine.unshard(layer);
+    for (int layer = 0; layer < num_units; ++layer) engine.reshard(layer);
+  };
+  run_ranks(kTwoNodes.size(), [&](int rank) {
+    models[static_cast<size_t>(rank)] =
+        std::make_unique<Model>(world, kTwoNodes, rank, ResidencySettings(), Depths{0, 0, 2});
+    unshard_all(rank, 1);
+  });
+  const int64_t planned = allocator.live_nbytes();
+  run_ranks(kTwoNodes.size(), [&](int rank) { unshard_all(rank, kNumLayers); });
+  ASSERT_EQ(models.front()->engine().memory().num_grown(), kNumLayers - 2);
+  ASSERT_EQ(allocator.live_nbytes(), planned);
 }
 
 TEST(Memory, IsReleasedBetweenStepsOnly) {

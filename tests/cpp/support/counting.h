@@ -7,8 +7,10 @@
 #include <c10/core/CPUAllocator.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <set>
 #include <string>
@@ -26,7 +28,9 @@ class CountingAllocator final : public c10::Allocator {
   c10::DataPtr allocate(size_t nbytes) override {
     const std::lock_guard<std::mutex> lock(mutex_);
     sizes_.push_back(nbytes);
-    return inner_->allocate(nbytes);
+    *live_nbytes_ += static_cast<int64_t>(nbytes);
+    auto* owned = new Owned{inner_->allocate(nbytes), live_nbytes_, static_cast<int64_t>(nbytes)};
+    return {owned->memory.get(), owned, &Owned::free, at::kCPU};
   }
   void copy_data(void* to, const void* from, std::size_t count) const override {
     inner_->copy_data(to, from, count);
@@ -39,9 +43,24 @@ class CountingAllocator final : public c10::Allocator {
     std::sort(taken.begin(), taken.end());
     return taken;
   }
+  // Of what was allocated since construction and not freed.
+  [[nodiscard]] int64_t live_nbytes() const { return *live_nbytes_; }
 
  private:
+  // May outlive the allocator.
+  struct Owned {
+    c10::DataPtr memory;
+    std::shared_ptr<std::atomic<int64_t>> live_nbytes;
+    int64_t nbytes;
+    static void free(void* owned) {
+      const std::unique_ptr<Owned> freed(static_cast<Owned*>(owned));
+      *freed->live_nbytes -= freed->nbytes;
+    }
+  };
+
   c10::Allocator* const inner_;
+  const std::shared_ptr<std::atomic<int64_t>> live_nbytes_ =
+      std::make_shared<std::atomic<int64_t>>(0);
   std::mutex mutex_;
   std::vector<size_t> sizes_;  // guarded by mutex_
 };

@@ -1,0 +1,89 @@
+#include "mics/boundary_agreement.h"
+
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <string>
+
+#include "mics/error.h"
+
+namespace mics {
+
+namespace {
+
+constexpr auto kNumWords = static_cast<int64_t>(StepDigest::kNumWords);
+
+}  // namespace
+
+BoundaryAgreement::BoundaryAgreement(const std::vector<std::shared_ptr<Unit>>& units,
+                                     Communicator* control, RuntimeStreams& streams,
+                                     StepDigest& digest)
+    : units_(units),
+      control_(control),
+      streams_(streams),
+      digest_(digest),
+      written_(streams.compute->make_event()),
+      summed_(streams.gather_rail->make_event()) {}
+
+int64_t BoundaryAgreement::numel() const {
+  if (control_ == nullptr) return 0;
+  int64_t numel = kNumWords;
+  for (const std::shared_ptr<Unit>& unit : units_) numel += unit->num_trainable();
+  return numel;
+}
+
+std::vector<bool> BoundaryAgreement::sum(const std::vector<bool>& used, const at::Tensor& memory) {
+  if (control_ == nullptr) return used;
+  streams_.compute->wait(*summed_);  // of the last boundary
+  const auto numel = kNumWords + static_cast<int64_t>(used.size());
+  const at::Tensor flags = memory.narrow(0, 0, numel);
+  // The transport of the control group is that of the shards.
+  const bool is_on_host = flags.device().is_cpu();
+  at::Tensor on_host = is_on_host ? flags : at::empty({numel}, at::kLong);
+  auto* words = on_host.mutable_data_ptr<int64_t>();
+  digest_.write(words);
+  std::copy(used.begin(), used.end(), words + kNumWords);
+  if (!is_on_host) flags.copy_(on_host);
+  streams_.compute->note_write(flags);
+  streams_.compute->record(*written_);
+  streams_.gather_rail->wait(*written_);
+  control_->all_reduce(flags, *streams_.gather_rail);
+  streams_.gather_rail->record(*summed_);
+  // Used here is used somewhere: nothing to wait for.
+  if (std::find(used.begin(), used.end(), false) == used.end()) return used;
+  streams_.compute->wait(*summed_);
+  streams_.compute->note_read(flags);
+  on_host = flags.to(at::kCPU);
+  const auto* flag = on_host.const_data_ptr<int64_t>() + kNumWords;
+  std::vector<bool> used_anywhere(used.size());
+  std::transform(flag, flag + used.size(), used_anywhere.begin(),
+                 [](int64_t ranks) { return ranks > 0; });
+  return used_anywhere;
+}
+
+// On a CPU the sum has run beside the reductions that compute has waited for.
+void BoundaryAgreement::check(const at::Tensor& memory) {
+  if (control_ != nullptr && control_->moves_data() && memory.device().is_cpu()) {
+    streams_.compute->wait(*summed_);
+    streams_.compute->note_read(memory);
+    if (!StepDigest::are_equal(memory.const_data_ptr<int64_t>(), control_->group().size())) {
+      std::vector<std::string> names;
+      for (const std::shared_ptr<Unit>& unit : units_) names.push_back(unit->name());
+      const std::string difference =
+          digest_.describe_difference(*control_, *streams_.gather_rail, names);
+      digest_.clear();
+      throw CommError("all ranks must run the units in the same order: " + difference +
+                      ". What was gathered and reduced since then is mixed up; shards are as they "
+                      "were. Run the same modules in the same order on every rank, and call "
+                      "reset() before the next step.");
+    }
+  }
+  digest_.clear();
+}
+
+void BoundaryAgreement::reset() {
+  summed_ = streams_.gather_rail->make_event();
+  digest_.clear();
+}
+
+}  // namespace mics
