@@ -113,9 +113,11 @@ class Communicator {
   // Returns when every member has called it.
   virtual void barrier() = 0;
 
-  // An all-gather is counted as a ring: all pieces come from the member before this one and go to
-  // the one after. Else, and in a reduce-scatter, each piece goes straight from member to member.
-  [[nodiscard]] bool gathers_in_ring() const { return gather_route() == GatherRoute::kRing; }
+  // Counted as a ring: all pieces come from the member before this one and go to the one after.
+  // Else each piece goes straight from member to member. An all-reduce is a reduce-scatter of the
+  // sums and an all-gather.
+  [[nodiscard]] bool gathers_in_ring() const { return gather_route() == Route::kRing; }
+  [[nodiscard]] bool reduces_in_ring() const { return reduce_route() == Route::kRing; }
 
  protected:
   explicit Communicator(GroupInfo group);
@@ -125,22 +127,28 @@ class Communicator {
   virtual void do_reduce_scatter(const std::vector<TensorPair>& pairs) = 0;
   virtual void do_all_reduce(const at::Tensor& tensor) = 0;
 
-  // How a backend moves an all-gather, for the counters. kDirect: each member's piece goes straight
-  // to every other. kRing: all pieces pass through the next member of the group.
-  enum class GatherRoute { kDirect, kRing };
-  [[nodiscard]] virtual GatherRoute gather_route() const = 0;
+  // How a backend moves pieces, for the counters. kDirect: each goes straight to the member that
+  // needs it. kRing: all pass through the next member of the group.
+  enum class Route { kDirect, kRing };
+  [[nodiscard]] virtual Route gather_route() const = 0;
+  [[nodiscard]] virtual Route reduce_route() const { return Route::kDirect; }
+
+  // Refuses tensors that the backend cannot carry: throws InvalidArgument.
+  virtual void check_tensor(const at::Tensor& /*tensor*/) const {}
+
+  // Queues `work`, which calls one of the above, and logs it; what it throws gets the log's report.
+  // Here it is logged where it runs; backends whose work only launches do it in their own way.
+  virtual void submit(Stream& stream, std::string_view op, std::string_view unit, int64_t nbytes,
+                      std::function<void()> work);
+  // May be null.
+  [[nodiscard]] const std::shared_ptr<FlightLog>& flight_log() const { return log_; }
+  [[nodiscard]] const std::string& log_name() const { return log_name_; }
 
  private:
-  void count_direct(int64_t sent_nbytes_per_peer, int64_t received_nbytes_per_peer);
-  void count_ring(int64_t nbytes);
-  void count_gather(int64_t nbytes_per_member);
+  void count(Route route, int64_t nbytes_per_member);
   [[nodiscard]] bool is_same_node(int member) const;
   void check_pairs(const char* op, const std::vector<TensorPair>& pairs,
                    bool output_is_larger) const;
-
-  // Queues `work`, logged; what it throws gets the log's report.
-  void enqueue(Stream& stream, std::string_view op, std::string_view unit, int64_t nbytes,
-               std::function<void()> work);
 
   const GroupInfo group_;
   const std::string log_name_;  // "gather/rail [0 2]"

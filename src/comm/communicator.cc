@@ -85,30 +85,22 @@ bool Communicator::is_same_node(int member) const {
          group_.nodes[static_cast<size_t>(group_.rank)];
 }
 
-void Communicator::count_direct(int64_t sent_nbytes_per_peer, int64_t received_nbytes_per_peer) {
-  for (int member = 0; member < group_.size(); ++member) {
-    if (member == group_.rank) continue;
-    (is_same_node(member) ? traffic_.sent_intra_nbytes : traffic_.sent_inter_nbytes) +=
-        sent_nbytes_per_peer;
-    (is_same_node(member) ? traffic_.received_intra_nbytes : traffic_.received_inter_nbytes) +=
-        received_nbytes_per_peer;
-  }
-}
-
-void Communicator::count_ring(int64_t nbytes) {
-  const int next = (group_.rank + 1) % group_.size();
-  const int previous = (group_.rank + group_.size() - 1) % group_.size();
-  (is_same_node(next) ? traffic_.sent_intra_nbytes : traffic_.sent_inter_nbytes) += nbytes;
-  (is_same_node(previous) ? traffic_.received_intra_nbytes : traffic_.received_inter_nbytes) +=
-      nbytes;
-}
-
-void Communicator::count_gather(int64_t nbytes_per_member) {
-  switch (gather_route()) {
-    case GatherRoute::kDirect:
-      return count_direct(nbytes_per_member, nbytes_per_member);
-    case GatherRoute::kRing:
-      return count_ring(nbytes_per_member * (group_.size() - 1));
+void Communicator::count(Route route, int64_t nbytes_per_member) {
+  const auto add = [this](int to, int from, int64_t nbytes) {
+    (is_same_node(to) ? traffic_.sent_intra_nbytes : traffic_.sent_inter_nbytes) += nbytes;
+    (is_same_node(from) ? traffic_.received_intra_nbytes : traffic_.received_inter_nbytes) +=
+        nbytes;
+  };
+  const int size = group_.size();
+  switch (route) {
+    case Route::kDirect:
+      for (int member = 0; member < size; ++member) {
+        if (member != group_.rank) add(member, member, nbytes_per_member);
+      }
+      return;
+    case Route::kRing:
+      return add((group_.rank + 1) % size, (group_.rank + size - 1) % size,
+                 nbytes_per_member * (size - 1));
   }
 }
 
@@ -118,6 +110,8 @@ void Communicator::check_pairs(const char* op, const std::vector<TensorPair>& pa
              ").");
   const at::ScalarType dtype = pairs.front().input.scalar_type();
   for (const TensorPair& pair : pairs) {
+    check_tensor(pair.output);
+    check_tensor(pair.input);
     MICS_CHECK(pair.output.is_contiguous() && pair.input.is_contiguous(), op,
                " takes contiguous tensors: got output strides ", pair.output.strides(),
                ", input strides ", pair.input.strides(), " (", group_.name, ").");
@@ -172,8 +166,8 @@ void copy_pairs(const std::vector<TensorPair>& pairs) {
 
 }  // namespace
 
-void Communicator::enqueue(Stream& stream, std::string_view op, std::string_view unit,
-                           int64_t nbytes, std::function<void()> work) {
+void Communicator::submit(Stream& stream, std::string_view op, std::string_view unit,
+                          int64_t nbytes, std::function<void()> work) {
   if (log_ == nullptr) return stream.enqueue(std::move(work));
   const int64_t id = log_->issue(log_name_, op, unit, nbytes);
   stream.enqueue([log = log_, id, work = std::move(work)] {
@@ -198,9 +192,9 @@ void Communicator::all_gather(const std::vector<TensorPair>& pairs, Stream& stre
   note_pairs(pairs, stream);
   if (group_.size() == 1) return stream.enqueue([pairs] { copy_pairs(pairs); });
   const int64_t piece_nbytes = total_nbytes(pairs, &TensorPair::input);
-  count_gather(piece_nbytes);
-  enqueue(stream, "all_gather", unit, piece_nbytes * group_.size(),
-          [this, pairs] { do_all_gather(pairs); });
+  count(gather_route(), piece_nbytes);
+  submit(stream, "all_gather", unit, piece_nbytes * group_.size(),
+         [this, pairs] { do_all_gather(pairs); });
 }
 
 void Communicator::reduce_scatter(const std::vector<TensorPair>& pairs, Stream& stream,
@@ -211,12 +205,13 @@ void Communicator::reduce_scatter(const std::vector<TensorPair>& pairs, Stream& 
   note_pairs(pairs, stream);
   if (group_.size() == 1) return stream.enqueue([pairs] { copy_pairs(pairs); });
   const int64_t piece_nbytes = total_nbytes(pairs, &TensorPair::output);
-  count_direct(piece_nbytes, piece_nbytes);
-  enqueue(stream, "reduce_scatter", unit, piece_nbytes * group_.size(),
-          [this, pairs] { do_reduce_scatter(pairs); });
+  count(reduce_route(), piece_nbytes);
+  submit(stream, "reduce_scatter", unit, piece_nbytes * group_.size(),
+         [this, pairs] { do_reduce_scatter(pairs); });
 }
 
 void Communicator::all_reduce(const at::Tensor& tensor, Stream& stream, std::string_view unit) {
+  check_tensor(tensor);
   MICS_CHECK(tensor.is_contiguous(), "all_reduce takes a contiguous tensor: got strides ",
              tensor.strides(), " (", group_.name, ").");
   (void)accumulation_dtype(tensor.scalar_type());
@@ -227,10 +222,10 @@ void Communicator::all_reduce(const at::Tensor& tensor, Stream& stream, std::str
   // A reduce-scatter of pieces, then an all-gather of the sums.
   const int64_t piece_numel = (tensor.numel() + group_.size() - 1) / group_.size();
   const int64_t piece_nbytes = piece_numel * static_cast<int64_t>(tensor.element_size());
-  count_direct(piece_nbytes, piece_nbytes);
-  count_gather(piece_nbytes);
-  enqueue(stream, "all_reduce", unit, static_cast<int64_t>(tensor.nbytes()),
-          [this, tensor] { do_all_reduce(tensor); });
+  count(reduce_route(), piece_nbytes);
+  count(gather_route(), piece_nbytes);
+  submit(stream, "all_reduce", unit, static_cast<int64_t>(tensor.nbytes()),
+         [this, tensor] { do_all_reduce(tensor); });
 }
 
 }  // namespace mics

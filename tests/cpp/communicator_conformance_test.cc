@@ -1,5 +1,6 @@
-// The promises of communicator.h on the local backend. tests/python/test_communicators.py checks
-// the same promises over Gloo, between processes.
+// The promises of communicator.h on the backends that C++ can make alone: local, shared memory, and
+// NCCL's over the fakes. tests/python/test_communicators.py checks the same promises over Gloo,
+// between processes.
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
@@ -10,6 +11,9 @@
 #include "mics/local_world.h"
 #include "mics/shm_communicator.h"
 #include "support/multi_rank.h"
+#ifdef MICS_WITH_NCCL
+#include "support/nccl_ranks.h"
+#endif
 
 namespace mics {
 namespace {
@@ -59,6 +63,19 @@ class Conformance
         body(rank, *communicator, *worker_stream);
       });
     }
+#ifdef MICS_WITH_NCCL
+    SCOPED_TRACE("nccl");
+    testing::NcclRanks ranks(size());
+    run_ranks(size(), [&](int rank) {
+      const auto world = ranks.make_world(rank);
+      const auto communicator = world->make_communicator(world_group(size(), rank));
+      const auto stream = world->make_stream(/*high_priority=*/true);
+      body(rank, *communicator, *stream);
+      world->close();
+    });
+    ASSERT_EQ(ranks.network().faults(), std::vector<std::string>());
+    ASSERT_EQ(ranks.network().num_live_comms, 0);
+#endif
   }
 };
 

@@ -52,7 +52,7 @@ class DelayedCommunicator final : public Communicator {
   void barrier() override { inner_->barrier(); }
 
  protected:
-  GatherRoute gather_route() const override { return GatherRoute::kDirect; }
+  Route gather_route() const override { return Route::kDirect; }
   void do_all_gather(const std::vector<TensorPair>& pairs) override {
     delays_.sleep();
     inner_->all_gather(pairs, *now_);

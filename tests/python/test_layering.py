@@ -39,6 +39,7 @@ COMM_HEADERS = (
     "c10d_communicator.h",
     "store_reports.h",
     "shm_communicator.h",
+    "nccl_world.h",
 )
 SHARD_HEADERS = ("full_buffer.h",)
 COLLECTIVE_HEADERS = ("unit_collectives.h",)
@@ -124,8 +125,9 @@ ROOMS = (
     ),
     Room(
         "src/comm/nccl",
-        (*COMM, "mics/nccl_*.h", "base/*", "comm/*", "nccl.h", "cuda_runtime_api.h", "dlfcn.h"),
-        "comm/nccl needs the comm interface, NCCL and the CUDA runtime",
+        (*COMM, "mics/nccl_*.h", "base/*", "comm/*", "nccl.h", "cuda_runtime_api.h", "dlfcn.h")
+        + ("unistd.h", "torch/csrc/distributed/c10d/*"),
+        "comm/nccl needs the comm interface, NCCL, the CUDA runtime and c10d's Store",
         ("comm/local/*", "comm/c10d/*"),
     ),
     Room(

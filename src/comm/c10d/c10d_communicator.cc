@@ -87,7 +87,7 @@ class C10dCommunicator final : public Communicator {
 
  protected:
   // Gloo's all-gather is a ring.
-  GatherRoute gather_route() const override { return GatherRoute::kRing; }
+  Route gather_route() const override { return Route::kRing; }
 
   // A ProcessGroup has no grouped launch: the pieces of several pairs travel as one message.
   void do_all_gather(const std::vector<TensorPair>& pairs) override {

@@ -80,7 +80,7 @@ class LocalCommunicator final : public Communicator {
   void barrier() override { meeting_point_->meet(group()); }
 
  protected:
-  GatherRoute gather_route() const override { return GatherRoute::kDirect; }
+  Route gather_route() const override { return Route::kDirect; }
 
   void do_all_gather(const std::vector<TensorPair>& pairs) override {
     meeting_point_->show(group().rank, group(), &pairs);

@@ -50,7 +50,7 @@ class ShmCommunicator final : public Communicator {
   }
 
  protected:
-  GatherRoute gather_route() const override { return GatherRoute::kDirect; }
+  Route gather_route() const override { return Route::kDirect; }
 
   void do_all_gather(const std::vector<TensorPair>& pairs) override {
     transport_->begin(announcement_of(shm::kAllGather, pairs, &TensorPair::input));

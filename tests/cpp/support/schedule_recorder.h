@@ -106,7 +106,7 @@ class RecordingCommunicator final : public Communicator {
   void barrier() override {}
 
  protected:
-  GatherRoute gather_route() const override { return GatherRoute::kDirect; }
+  Route gather_route() const override { return Route::kDirect; }
   void do_all_gather(const std::vector<TensorPair>& /*pairs*/) override {}
   void do_reduce_scatter(const std::vector<TensorPair>& /*pairs*/) override {}
   // Whole numbers are what ranks agree by: as if all had written the same.

@@ -59,7 +59,7 @@ class TimedCommunicator final : public Communicator {
   [[nodiscard]] Seconds last_duration() const { return last_duration_; }
 
  protected:
-  GatherRoute gather_route() const override { return GatherRoute::kDirect; }
+  Route gather_route() const override { return Route::kDirect; }
   void do_all_gather(const std::vector<TensorPair>& pairs) override {
     inner_->all_gather(pairs, *now_);
     int64_t nbytes = 0;

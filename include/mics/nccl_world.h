@@ -1,0 +1,106 @@
+// NcclWorld: this rank's NCCL communicators and CUDA streams, and the watchdog over them. The
+// production backend.
+//
+//   auto world = NcclWorld::create(store, options);             on every rank, after the device is
+//   set auto gather = world->make_communicator(group);              every member of the group, same
+//   order auto stream = world->make_stream(/*high_priority=*/true); gather->all_gather(output,
+//   input, *stream);                 launched; the host goes on world->close(); every rank, before
+//   the process ends
+//
+// Launches: an operation is launched on the stream by the calling thread, one NCCL group for all
+// its pairs. All ranks launch in the same order over all communicators, so at most
+// `max_in_flight` of them are under way: an edge by event, never a wait of the host.
+// Sums: of NCCL, whose order depends on its algorithm; everything else is as communicator.h says.
+// Memory: tensors of an operation are let go of by a later call on the same communicator, on the
+// calling thread, once the operation is done.
+// Failures: an error of NCCL, or an operation that is late, ends all communicators of the rank, and
+// through the Store those of all ranks. The next launch or wait throws what went wrong, with the
+// table of all ranks where there is a flight log. The world cannot be used again.
+//
+// Thread safety: one thread at a time, close() included; the watchdog is a thread of its own.
+#pragma once
+
+#include <c10/util/intrusive_ptr.h>
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "mics/communicator.h"
+#include "mics/stream.h"
+
+namespace c10d {
+class Store;
+}
+
+namespace mics {
+
+class CudaApi;
+class NcclApi;
+
+struct NcclOptions {
+  int rank = 0;
+  int world_size = 1;
+  int device = 0;    // CUDA's index on this host
+  std::string host;  // names the node; ranks of one node give the same
+  // From when its stream reaches an operation until it is done.
+  std::chrono::milliseconds timeout{std::chrono::minutes(10)};
+  // From its launch until its stream reaches it, beside operations before it: compute may be long.
+  std::chrono::milliseconds start_timeout{std::chrono::minutes(20)};
+  // For all ranks to come to create(), and all members to make_communicator().
+  std::chrono::milliseconds init_timeout{std::chrono::minutes(10)};
+  std::chrono::milliseconds watch_interval{100};
+  int max_in_flight = 4;    // operations over all communicators; 0: no limit
+  int max_ctas = 0;         // of each communicator's kernels; 0: NCCL's choice
+  bool is_blocking = true;  // false: NCCL's non-blocking mode, whose start can be given up
+};
+
+// What is installed; for reports.
+struct NcclVersions {
+  int header = 0;        // as NCCL_VERSION_CODE; 0: built without NCCL's headers
+  int library = 0;       // 0: none could be loaded
+  int cuda_header = 0;   // as CUDART_VERSION
+  int cuda_runtime = 0;  // 0: none could be loaded
+  int num_devices = 0;
+  std::string problem;  // why a CUDA world cannot be made; empty: it can
+};
+[[nodiscard]] NcclVersions nccl_versions();
+
+class NcclWorld {
+ public:
+  // With the libraries that torch has loaded. `store` is that of this session alone (a
+  // PrefixStore). Every rank calls it. Throws Error when a library, a device or the header at build
+  // is missing; InvalidArgument, on every rank, when ranks differ in NCCL's version or share a
+  // device; TimeoutError that names the ranks that did not come.
+  [[nodiscard]] static std::shared_ptr<NcclWorld> create(
+      const c10::intrusive_ptr<c10d::Store>& store, const NcclOptions& options);
+  // With these.
+  [[nodiscard]] static std::shared_ptr<NcclWorld> create(
+      const c10::intrusive_ptr<c10d::Store>& store, const NcclOptions& options,
+      std::shared_ptr<CudaApi> cuda, std::shared_ptr<NcclApi> nccl);
+  virtual ~NcclWorld() = default;
+  NcclWorld(const NcclWorld&) = delete;
+  NcclWorld& operator=(const NcclWorld&) = delete;
+
+  // Called by each member. Throws TimeoutError that names the members that did not come, CommError.
+  // Destroying a communicator before close() aborts it.
+  [[nodiscard]] virtual std::unique_ptr<Communicator> make_communicator(GroupInfo group) = 0;
+  // A stream of torch's pool.
+  [[nodiscard]] virtual std::unique_ptr<Stream> make_stream(bool high_priority) = 0;
+  // Whatever stream is torch's current one when it is used: the caller's compute.
+  [[nodiscard]] virtual std::unique_ptr<Stream> make_current_stream() = 0;
+
+  // Waits for what is under way, then ends all communicators in the order in which they were made.
+  // Throws what has failed, after aborting them. Nothing the second time.
+  virtual void close() = 0;
+  // What was asked for and not obtained, and what the environment spoils; for the start-up report.
+  [[nodiscard]] virtual std::vector<std::string> notes() const = 0;
+
+ protected:
+  NcclWorld() = default;
+};
+
+}  // namespace mics

@@ -1,0 +1,49 @@
+// CudaStream: a Stream of a device. Waits between streams are edges on the device; the host stands
+// still only in synchronize(), and there it looks at the device instead of waiting in it, so that a
+// failure of the world ends the wait.
+#pragma once
+
+#include <memory>
+
+#include "comm/nccl/cuda_api.h"
+#include "comm/nccl/event_pool.h"
+#include "comm/nccl/failure.h"
+#include "mics/stream.h"
+
+namespace mics {
+
+// What the streams of a world share.
+struct CudaContext {
+  std::shared_ptr<CudaApi> cuda;
+  std::shared_ptr<EventPool> events;
+  std::shared_ptr<Failure> failure;
+  int device = 0;
+};
+
+class CudaStream final : public Stream {
+ public:
+  // `handle` null: torch's current stream, whatever it is at each call.
+  CudaStream(std::shared_ptr<const CudaContext> context, cudaStream_t handle)
+      : context_(std::move(context)), handle_(handle) {}
+
+  [[nodiscard]] cudaStream_t handle() const;
+
+  // Runs `work` on the calling thread; what it launches goes to this stream.
+  void enqueue(std::function<void()> work) override;
+  std::unique_ptr<Event> make_event() override;
+  void record(Event& event) override;
+  void wait(const Event& event) override;
+  void synchronize() override;
+  // A failure of the world stays: its communicators are gone.
+  void reset() override;
+  bool has_failed() const override { return context_->failure->is_set(); }
+
+ private:
+  const std::shared_ptr<const CudaContext> context_;
+  const cudaStream_t handle_;
+};
+
+// Throws InternalError when `stream` is of another backend.
+[[nodiscard]] CudaStream& cuda_stream_of(Stream& stream);
+
+}  // namespace mics

@@ -1,0 +1,111 @@
+#include "comm/nccl/in_flight.h"
+
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "mics/check.h"
+#include "mics/error.h"
+
+namespace mics {
+
+namespace {
+
+double seconds(std::chrono::steady_clock::duration duration) {
+  return static_cast<double>(
+             std::chrono::duration_cast<std::chrono::milliseconds>(duration).count()) /
+         1000;
+}
+
+}  // namespace
+
+LaunchedOperation& InFlight::begin(LaunchedOperation operation) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  is_unused_ = false;
+  log_ = operation.log;
+  return operations_.emplace_back(std::move(operation));
+}
+
+void InFlight::launched(LaunchedOperation& operation) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  operation.is_launched = true;
+}
+
+void InFlight::reclaim() {
+  std::vector<LaunchedOperation> done;  // destroyed without the lock
+  const std::lock_guard<std::mutex> lock(mutex_);
+  while (!operations_.empty() && operations_.front().is_launched &&
+         has_passed(operations_.front().end.get())) {
+    LaunchedOperation& front = operations_.front();
+    if (front.log != nullptr && !front.is_done) {
+      if (!front.started_at) front.log->start(front.log_id);
+      front.log->finish(front.log_id);
+    }
+    done.push_back(std::move(front));
+    operations_.pop_front();
+  }
+}
+
+void InFlight::drain(TimePoint deadline) {
+  while (true) {
+    reclaim();
+    context_->failure->rethrow_if_set();
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (operations_.empty()) return;
+    }
+    if (std::chrono::steady_clock::now() > deadline) {
+      throw TimeoutError(
+          "collectives must end before their communicator is closed: some are still "
+          "under way. See docs/errors.md#timeouts.");
+    }
+    std::this_thread::sleep_for(std::chrono::microseconds(100));
+  }
+}
+
+bool InFlight::is_unused() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return is_unused_;
+}
+
+std::shared_ptr<FlightLog> InFlight::log() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return log_;
+}
+
+bool InFlight::has_passed(cudaEvent_t event) const {
+  const cudaError_t result = context_->cuda->event_query(event);
+  if (result == cudaErrorNotReady) return false;
+  check_cuda(*context_->cuda, result, "cudaEventQuery");
+  return true;
+}
+
+std::optional<InFlight::Late> InFlight::look(TimePoint now, std::chrono::milliseconds timeout,
+                                             std::chrono::milliseconds start_timeout) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (LaunchedOperation& operation : operations_) {
+    if (operation.is_done) continue;
+    if (!operation.first_since) operation.first_since = now;
+    if (operation.is_launched && !operation.started_at && has_passed(operation.start.get())) {
+      operation.started_at = now;
+      if (operation.log != nullptr) operation.log->start(operation.log_id);
+    }
+    if (operation.started_at && has_passed(operation.end.get())) {
+      operation.is_done = true;
+      if (operation.log != nullptr) operation.log->finish(operation.log_id);
+      continue;
+    }
+    // One communicator runs its operations one after the other: later ones need no look.
+    const TimePoint since = operation.started_at.value_or(*operation.first_since);
+    if (now - since <= (operation.started_at ? timeout : start_timeout)) return std::nullopt;
+    const char* state = operation.started_at    ? ", has run for "
+                        : operation.is_launched ? ", has waited to start for "
+                                                : ", has been in its launch for ";
+    return Late{detail::concatenate("operation ", operation.number, ", ", operation.what, state,
+                                    seconds(now - since), " s"),
+                operation.log, operation.log_id};
+  }
+  return std::nullopt;
+}
+
+}  // namespace mics

@@ -1,0 +1,56 @@
+// NcclApi: what this library calls of NCCL, behind an interface: filled from the library that torch
+// has loaded (load_nccl), or a fake in tests. One build runs with and without NCCL.
+//
+// Only src/comm/nccl includes this header. Names are those of NCCL without `nccl`.
+// Thread safety: any thread, but one at a time per communicator; comm_abort from any.
+#pragma once
+
+#include <nccl.h>
+
+#include <memory>
+#include <string>
+
+namespace mics {
+
+class NcclApi {
+ public:
+  virtual ~NcclApi() = default;
+
+  // As in NCCL_VERSION_CODE.
+  [[nodiscard]] virtual ncclResult_t get_version(int* version) = 0;
+  [[nodiscard]] virtual ncclResult_t get_unique_id(ncclUniqueId* id) = 0;
+  [[nodiscard]] virtual ncclResult_t comm_init_rank_config(ncclComm_t* comm, int size,
+                                                           ncclUniqueId id, int rank,
+                                                           ncclConfig_t* config) = 0;
+  // False: the library is older than ncclCommSplit (2.18).
+  [[nodiscard]] virtual bool has_comm_split() const = 0;
+  [[nodiscard]] virtual ncclResult_t comm_split(ncclComm_t comm, int color, int key,
+                                                ncclComm_t* made, ncclConfig_t* config) = 0;
+  [[nodiscard]] virtual ncclResult_t comm_get_async_error(ncclComm_t comm, ncclResult_t* error) = 0;
+  [[nodiscard]] virtual ncclResult_t comm_finalize(ncclComm_t comm) = 0;
+  [[nodiscard]] virtual ncclResult_t comm_destroy(ncclComm_t comm) = 0;
+  [[nodiscard]] virtual ncclResult_t comm_abort(ncclComm_t comm) = 0;
+
+  [[nodiscard]] virtual ncclResult_t group_start() = 0;
+  [[nodiscard]] virtual ncclResult_t group_end() = 0;
+  [[nodiscard]] virtual ncclResult_t all_gather(const void* send, void* receive, size_t send_count,
+                                                ncclDataType_t type, ncclComm_t comm,
+                                                cudaStream_t stream) = 0;
+  // Sums.
+  [[nodiscard]] virtual ncclResult_t reduce_scatter(const void* send, void* receive,
+                                                    size_t receive_count, ncclDataType_t type,
+                                                    ncclComm_t comm, cudaStream_t stream) = 0;
+  [[nodiscard]] virtual ncclResult_t all_reduce(const void* send, void* receive, size_t count,
+                                                ncclDataType_t type, ncclComm_t comm,
+                                                cudaStream_t stream) = 0;
+
+  [[nodiscard]] virtual std::string error_string(ncclResult_t result) = 0;
+  // Of the calling thread's last failed call, in words; may be empty. `comm` may be null.
+  [[nodiscard]] virtual std::string last_error(ncclComm_t comm) = 0;
+};
+
+// The library that torch has loaded, else libnccl.so.2 by name. Throws Error when there is none, or
+// when it lacks an entry point that is needed.
+[[nodiscard]] std::shared_ptr<NcclApi> load_nccl();
+
+}  // namespace mics

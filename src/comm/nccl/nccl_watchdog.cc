@@ -1,0 +1,148 @@
+#include "comm/nccl/nccl_watchdog.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "mics/error.h"
+
+namespace mics {
+
+namespace {
+
+// How often a rank looks into the Store whether another has failed.
+constexpr std::chrono::milliseconds kStoreInterval{500};
+constexpr char kFailureKey[] = "failure";
+
+std::exception_ptr with_report(const std::exception_ptr& exception, FlightLog* log) {
+  if (log == nullptr) return exception;
+  const std::string report = "\n" + log->report_failure();
+  try {
+    std::rethrow_exception(exception);
+  } catch (const TimeoutError& error) {
+    return std::make_exception_ptr(TimeoutError(error.what() + report));
+  } catch (const CommError& error) {
+    return std::make_exception_ptr(CommError(error.what() + report));
+  } catch (...) {
+    return exception;
+  }
+}
+
+std::string text_of(const std::exception_ptr& exception) {
+  try {
+    std::rethrow_exception(exception);
+  } catch (const std::exception& error) {
+    return error.what();
+  } catch (...) {
+    return "an unknown exception";
+  }
+}
+
+}  // namespace
+
+NcclWatchdog::NcclWatchdog(std::shared_ptr<const CudaContext> context,
+                           c10::intrusive_ptr<c10d::Store> store, int rank, Limits limits)
+    : context_(std::move(context)),
+      store_(std::move(store)),
+      rank_(rank),
+      limits_(limits),
+      next_store_look_(std::chrono::steady_clock::now() + kStoreInterval),
+      thread_([this] { run(); }) {}
+
+NcclWatchdog::~NcclWatchdog() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    is_closing_ = true;
+  }
+  closing_.notify_all();
+  thread_.join();
+}
+
+void NcclWatchdog::watch(std::shared_ptr<NcclHandle> handle, std::shared_ptr<InFlight> in_flight) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::erase_if(watched_, [](const Watched& other) { return other.handle->get() == nullptr; });
+  watched_.push_back({std::move(handle), std::move(in_flight)});
+}
+
+std::vector<NcclWatchdog::Watched> NcclWatchdog::watched() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return watched_;
+}
+
+std::vector<std::shared_ptr<NcclHandle>> NcclWatchdog::handles() const {
+  std::vector<std::shared_ptr<NcclHandle>> found;
+  for (Watched& one : watched()) found.push_back(std::move(one.handle));
+  return found;
+}
+
+std::vector<std::shared_ptr<InFlight>> NcclWatchdog::in_flight() const {
+  std::vector<std::shared_ptr<InFlight>> found;
+  for (Watched& one : watched()) found.push_back(std::move(one.in_flight));
+  return found;
+}
+
+void NcclWatchdog::abort_all() noexcept {
+  for (const Watched& one : watched()) one.handle->abort();
+}
+
+void NcclWatchdog::fail(const std::exception_ptr& exception, FlightLog* log) {
+  if (context_->failure->is_set()) return abort_all();
+  const std::exception_ptr reported = with_report(exception, log);
+  if (context_->failure->set(reported)) {
+    try {
+      store_->set(kFailureKey, "world_rank " + std::to_string(rank_) + ": " + text_of(exception));
+    } catch (...) {  // the Store has ended: the others find out by themselves
+    }
+  }
+  abort_all();
+}
+
+void NcclWatchdog::run() {
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (!closing_.wait_for(lock, limits_.interval, [this] { return is_closing_; })) {
+    lock.unlock();
+    if (!context_->failure->is_set()) look();
+    lock.lock();
+  }
+}
+
+void NcclWatchdog::look() {
+  try {
+    const auto now = std::chrono::steady_clock::now();
+    for (const Watched& one : watched()) {
+      const std::string error = one.handle->async_error();
+      const std::optional<InFlight::Late> late =
+          one.in_flight->look(now, limits_.timeout, limits_.start_timeout);
+      if (!error.empty()) {
+        const std::shared_ptr<FlightLog> log = one.in_flight->log();
+        return fail(std::make_exception_ptr(CommError(
+                        "NCCL reported an error in group " + one.handle->name() +
+                        " (world_rank=" + std::to_string(rank_) + "): " + error +
+                        ". Look at the first rank that failed; NCCL_DEBUG=WARN says more.")),
+                    log.get());
+      }
+      if (late) {
+        if (late->log != nullptr) late->log->fail(late->log_id);
+        return fail(
+            std::make_exception_ptr(TimeoutError(
+                "every member of a group must issue the same collectives in time: " + late->what +
+                " (group " + one.handle->name() + ", world_rank=" + std::to_string(rank_) +
+                "). See docs/errors.md#timeouts.")),
+            late->log.get());
+      }
+    }
+    if (now < next_store_look_) return;
+    next_store_look_ = now + std::max(kStoreInterval, limits_.interval);
+    if (store_->check({kFailureKey})) {
+      fail(std::make_exception_ptr(
+               CommError("another rank's collective failed, which ended those of all: " +
+                         store_->get_to_str(kFailureKey))),
+           nullptr);
+    }
+  } catch (const std::exception& error) {
+    fail(std::make_exception_ptr(CommError(
+             std::string("the watchdog must reach the device and the Store: ") + error.what())),
+         nullptr);
+  }
+}
+
+}  // namespace mics

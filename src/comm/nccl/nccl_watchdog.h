@@ -1,0 +1,69 @@
+// NcclWatchdog: looks after the communicators of a world, on a thread of its own, and ends them all
+// when one fails here or on another rank.
+//
+// It frees no tensor, destroys no event and never takes the GIL.
+//
+// Thread safety: any thread.
+#pragma once
+
+#include <c10/util/intrusive_ptr.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <torch/csrc/distributed/c10d/Store.hpp>
+#include <vector>
+
+#include "comm/nccl/in_flight.h"
+#include "comm/nccl/nccl_handle.h"
+
+namespace mics {
+
+class NcclWatchdog {
+ public:
+  struct Limits {
+    std::chrono::milliseconds timeout;
+    std::chrono::milliseconds start_timeout;
+    std::chrono::milliseconds interval;
+  };
+  // `store`: that of this session, of this thread alone.
+  NcclWatchdog(std::shared_ptr<const CudaContext> context, c10::intrusive_ptr<c10d::Store> store,
+               int rank, Limits limits);
+  // Stops without ending the communicators.
+  ~NcclWatchdog();
+
+  void watch(std::shared_ptr<NcclHandle> handle, std::shared_ptr<InFlight> in_flight);
+  // In the order of watch().
+  [[nodiscard]] std::vector<std::shared_ptr<NcclHandle>> handles() const;
+  [[nodiscard]] std::vector<std::shared_ptr<InFlight>> in_flight() const;
+  // Makes `exception` the world's failure unless it has one, tells the other ranks, and aborts all
+  // communicators. Adds the table of all ranks from `log`, which may be null.
+  void fail(const std::exception_ptr& exception, FlightLog* log);
+
+ private:
+  struct Watched {
+    std::shared_ptr<NcclHandle> handle;
+    std::shared_ptr<InFlight> in_flight;
+  };
+  void run();
+  void look();
+  [[nodiscard]] std::vector<Watched> watched() const;
+  void abort_all() noexcept;
+
+  const std::shared_ptr<const CudaContext> context_;
+  const c10::intrusive_ptr<c10d::Store> store_;
+  const int rank_;
+  const Limits limits_;
+  std::chrono::steady_clock::time_point next_store_look_;  // of the thread
+  mutable std::mutex mutex_;
+  std::condition_variable closing_;
+  // Guarded by mutex_.
+  std::vector<Watched> watched_;
+  bool is_closing_ = false;
+  std::thread thread_;  // last: it uses the members above
+};
+
+}  // namespace mics

@@ -1,0 +1,327 @@
+#include "mics/nccl_world.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <map>
+#include <sstream>
+#include <torch/csrc/distributed/c10d/Store.hpp>
+#include <utility>
+
+#include "comm/nccl/nccl_communicator.h"
+#include "comm/nccl/nccl_watchdog.h"
+#include "mics/check.h"
+#include "mics/error.h"
+
+namespace mics {
+
+namespace {
+
+// What one rank tells the others before its first communicator.
+struct Hello {
+  int version = 0;
+  std::string host;
+  std::string bus_id;  // of its device
+};
+
+std::string encode(const Hello& hello) {
+  return std::to_string(hello.version) + "\n" + hello.host + "\n" + hello.bus_id;
+}
+
+Hello decode(const std::string& text) {
+  std::istringstream lines(text);
+  Hello hello;
+  std::string version;
+  std::getline(lines, version);
+  std::getline(lines, hello.host);
+  std::getline(lines, hello.bus_id);
+  hello.version = std::stoi(version);
+  return hello;
+}
+
+std::string version_text(int version) {
+  return std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." +
+         std::to_string(version % 100);
+}
+
+std::string list(const std::vector<int>& ranks) {
+  std::ostringstream text;
+  const char* separator = "[";
+  for (const int rank : ranks) {
+    text << separator << rank;
+    separator = " ";
+  }
+  text << "]";
+  return text.str();
+}
+
+// A Store whose time-out is ours and whose calls wait for nobody else's.
+c10::intrusive_ptr<c10d::Store> clone_of(const c10::intrusive_ptr<c10d::Store>& store,
+                                         std::chrono::milliseconds timeout) {
+  const std::chrono::milliseconds of_caller = store->getTimeout();
+  c10::intrusive_ptr<c10d::Store> clone = store->clone();
+  clone->setTimeout(timeout);
+  if (store->getTimeout() != of_caller) store->setTimeout(of_caller);  // a clone that is shared
+  return clone;
+}
+
+// Waits for the keys of all `ranks`, and gives their values.
+std::vector<std::string> wait_for_all(c10d::Store& store, const std::string& topic,
+                                      const std::vector<int>& ranks, int world_rank,
+                                      std::chrono::milliseconds timeout) {
+  std::vector<std::string> keys;
+  for (const int rank : ranks) keys.push_back(topic + "/" + std::to_string(rank));
+  try {
+    store.wait(keys, timeout);
+  } catch (const std::exception& error) {
+    std::vector<int> missing;
+    for (size_t i = 0; i < keys.size(); ++i) {
+      if (!store.check({keys[i]})) missing.push_back(ranks[i]);
+    }
+    throw TimeoutError(detail::concatenate(
+        "every member must take part in the start of its communicator: got no answer from world "
+        "ranks ",
+        list(missing), " within ", timeout.count(), " ms (", topic, ", world_rank=", world_rank,
+        "). They have ended, or make other communicators; see docs/errors.md#timeouts."));
+  }
+  std::vector<std::string> values;
+  for (const std::string& key : keys) values.push_back(store.get_to_str(key));
+  return values;
+}
+
+class NcclWorldOfRank final : public NcclWorld {
+ public:
+  NcclWorldOfRank(const c10::intrusive_ptr<c10d::Store>& store, const NcclOptions& options,
+                  std::shared_ptr<CudaApi> cuda, std::shared_ptr<NcclApi> nccl)
+      : options_(options),
+        store_(clone_of(store, options.init_timeout)),
+        nccl_(std::move(nccl)),
+        context_(std::make_shared<const CudaContext>(CudaContext{
+            cuda, std::make_shared<EventPool>(cuda), std::make_shared<Failure>(), options.device})),
+        order_(std::make_shared<LaunchOrder>(options.max_in_flight)) {
+    check_devices();
+    watchdog_ = std::make_shared<NcclWatchdog>(
+        context_, clone_of(store, std::chrono::seconds(5)), options_.rank,
+        NcclWatchdog::Limits{options_.timeout, options_.start_timeout, options_.watch_interval});
+  }
+
+  ~NcclWorldOfRank() override {
+    for (const std::shared_ptr<NcclHandle>& handle : watchdog_->handles()) handle->abort();
+  }
+
+  std::unique_ptr<Communicator> make_communicator(GroupInfo group) override {
+    context_->failure->rethrow_if_set();
+    const std::string name = group.name + " " + list(group.world_ranks);
+    // Names, and not a number over all groups: ranks are in different groups.
+    const std::string topic = "communicator/" + name + "/" + std::to_string(num_of_name_[name]++);
+    const int rank = group.rank;
+    store_->set(topic + "/" + std::to_string(group.world_ranks[static_cast<size_t>(rank)]), "here");
+    (void)wait_for_all(*store_, topic, group.world_ranks, options_.rank, options_.init_timeout);
+
+    check_cuda(*context_->cuda, context_->cuda->set_device(options_.device), "cudaSetDevice");
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    config.blocking = options_.is_blocking ? 1 : 0;
+    config.splitShare = 0;  // children that share resources run one after the other
+    if (options_.max_ctas > 0) config.maxCTAs = options_.max_ctas;
+    const std::string comm_name = "mics/" + group.name;
+    config.commName = comm_name.c_str();
+
+    const auto deadline = std::chrono::steady_clock::now() + options_.init_timeout;
+    ncclComm_t comm = nullptr;
+    const std::shared_ptr<NcclHandle> parent = unused_handle(group.world_ranks);
+    const char* call = parent != nullptr ? "ncclCommSplit" : "ncclCommInitRankConfig";
+    try {
+      const ncclResult_t result =
+          parent != nullptr ? nccl_->comm_split(parent->get(), 0, rank, &comm, &config)
+                            : nccl_->comm_init_rank_config(&comm, group.size(),
+                                                           exchange_id(topic, rank), rank, &config);
+      finish_call(*nccl_, result, comm, call, deadline);
+    } catch (const TimeoutError&) {
+      if (comm != nullptr) (void)nccl_->comm_abort(comm);
+      throw;
+    } catch (const CommError& error) {
+      if (comm != nullptr) (void)nccl_->comm_abort(comm);
+      throw CommError(detail::concatenate("NCCL must start the communicator: got \"", error.what(),
+                                          "\" (group ", name, ", world_rank=", options_.rank,
+                                          "). NCCL_DEBUG=WARN says more."));
+    }
+    const auto handle = std::make_shared<NcclHandle>(nccl_, name, comm);
+    const auto in_flight = std::make_shared<InFlight>(context_);
+    watchdog_->watch(handle, in_flight);
+    made_.push_back({group.world_ranks, handle, in_flight});
+    return std::make_unique<NcclCommunicator>(
+        std::move(group),
+        NcclCommunicator::Shared{context_, nccl_, order_, options_.timeout, watchdog_}, handle,
+        in_flight);
+  }
+
+  std::unique_ptr<Stream> make_stream(bool high_priority) override {
+    return std::make_unique<CudaStream>(
+        context_, context_->cuda->pool_stream(options_.device, high_priority));
+  }
+  std::unique_ptr<Stream> make_current_stream() override {
+    return std::make_unique<CudaStream>(context_, nullptr);
+  }
+
+  void close() override {
+    const auto deadline = std::chrono::steady_clock::now() + options_.timeout;
+    try {
+      for (const std::shared_ptr<InFlight>& in_flight : watchdog_->in_flight()) {
+        in_flight->drain(deadline);
+      }
+    } catch (...) {
+      for (const std::shared_ptr<NcclHandle>& handle : watchdog_->handles()) handle->abort();
+      throw;
+    }
+    for (const std::shared_ptr<NcclHandle>& handle : watchdog_->handles()) {
+      handle->close(options_.init_timeout);
+    }
+  }
+
+  std::vector<std::string> notes() const override {
+    std::vector<std::string> notes;
+    int version = 0;
+    if (nccl_->get_version(&version) == ncclSuccess && version < NCCL_VERSION_CODE) {
+      notes.push_back("NCCL " + version_text(version) + " is loaded, older than the headers of " +
+                      version_text(NCCL_VERSION_CODE) + ": newer settings have no effect");
+    }
+    const char* connections = std::getenv("CUDA_DEVICE_MAX_CONNECTIONS");
+    if (connections != nullptr && std::string(connections) == "1") {
+      notes.emplace_back(
+          "CUDA_DEVICE_MAX_CONNECTIONS=1 keeps collectives from running beside compute: unset it");
+    }
+    const char* implicit = std::getenv("NCCL_LAUNCH_ORDER_IMPLICIT");
+    if (implicit == nullptr || std::string(implicit) != "1") {
+      notes.emplace_back(
+          "NCCL_LAUNCH_ORDER_IMPLICIT is not 1: set it in the environment of every rank, so that "
+          "the device keeps the order of launches of several communicators");
+    }
+    if (!nccl_->has_comm_split()) {
+      notes.emplace_back("NCCL has no ncclCommSplit: every communicator is started by itself");
+    }
+    return notes;
+  }
+
+ private:
+  struct Made {
+    std::vector<int> world_ranks;
+    std::shared_ptr<NcclHandle> handle;
+    std::shared_ptr<InFlight> in_flight;
+  };
+
+  // Raises on all ranks alike, before NCCL would fail or hang.
+  void check_devices() {
+    CudaApi& cuda = *context_->cuda;
+    Hello mine;
+    mine.host = options_.host;
+    check_nccl(nccl_->get_version(&mine.version), "ncclGetVersion");
+    char bus_id[32] = {};
+    check_cuda(cuda, cuda.device_get_pci_bus_id(bus_id, sizeof(bus_id), options_.device),
+               "cudaDeviceGetPCIBusId");
+    mine.bus_id = bus_id;
+    store_->set("hello/" + std::to_string(options_.rank), encode(mine));
+    std::vector<int> everyone;
+    for (int rank = 0; rank < options_.world_size; ++rank) everyone.push_back(rank);
+    std::vector<Hello> hellos;
+    for (const std::string& text :
+         wait_for_all(*store_, "hello", everyone, options_.rank, options_.init_timeout)) {
+      hellos.push_back(decode(text));
+    }
+    std::map<std::pair<std::string, std::string>, int> rank_of_device;
+    for (int rank = 0; rank < options_.world_size; ++rank) {
+      const Hello& hello = hellos[static_cast<size_t>(rank)];
+      MICS_CHECK(hello.version == hellos.front().version,
+                 "all ranks must run one version of NCCL: got ",
+                 version_text(hellos.front().version), " on world_rank 0 and ",
+                 version_text(hello.version), " on world_rank ", rank,
+                 ". Install the same torch everywhere.");
+      const auto [other, is_new] = rank_of_device.insert({{hello.host, hello.bus_id}, rank});
+      MICS_CHECK(
+          is_new, "each rank must have a GPU of its own: got GPU ", hello.bus_id, " of host ",
+          hello.host, " on world_rank ", other->second, " and ", rank,
+          ". Call torch.cuda.set_device(int(os.environ[\"LOCAL_RANK\"])) before the model is "
+          "sharded.");
+    }
+  }
+
+  void check_nccl(ncclResult_t result, const char* call) {
+    finish_call(*nccl_, result, nullptr, call,
+                std::chrono::steady_clock::now() + options_.init_timeout);
+  }
+
+  ncclUniqueId exchange_id(const std::string& topic, int rank) {
+    ncclUniqueId id;
+    const std::string key = topic + "/id";
+    if (rank == 0) {
+      check_nccl(nccl_->get_unique_id(&id), "ncclGetUniqueId");
+      store_->set(key, std::string(id.internal, sizeof(id.internal)));
+      return id;
+    }
+    const std::string text = store_->get_to_str(key);
+    MICS_INTERNAL_CHECK(text.size() == sizeof(id.internal), "a NCCL id has another size.");
+    std::copy(text.begin(), text.end(), id.internal);
+    return id;
+  }
+
+  // One of the same members, on all of them: then a split spares the exchange of an id and the
+  // bootstrap. Only before any operation, because a split waits for those of its parent.
+  std::shared_ptr<NcclHandle> unused_handle(const std::vector<int>& world_ranks) const {
+    if (!nccl_->has_comm_split() || world_ranks.size() == 1) return nullptr;
+    for (const Made& made : made_) {
+      if (made.world_ranks == world_ranks && made.handle->get() != nullptr &&
+          made.in_flight->is_unused()) {
+        return made.handle;
+      }
+    }
+    return nullptr;
+  }
+
+  const NcclOptions options_;
+  const c10::intrusive_ptr<c10d::Store> store_;
+  const std::shared_ptr<NcclApi> nccl_;
+  const std::shared_ptr<const CudaContext> context_;
+  const std::shared_ptr<LaunchOrder> order_;
+  std::shared_ptr<NcclWatchdog> watchdog_;
+  std::map<std::string, int> num_of_name_;
+  std::vector<Made> made_;
+};
+
+}  // namespace
+
+std::shared_ptr<NcclWorld> NcclWorld::create(const c10::intrusive_ptr<c10d::Store>& store,
+                                             const NcclOptions& options,
+                                             std::shared_ptr<CudaApi> cuda,
+                                             std::shared_ptr<NcclApi> nccl) {
+  return std::make_shared<NcclWorldOfRank>(store, options, std::move(cuda), std::move(nccl));
+}
+
+std::shared_ptr<NcclWorld> NcclWorld::create(const c10::intrusive_ptr<c10d::Store>& store,
+                                             const NcclOptions& options) {
+  const NcclVersions versions = nccl_versions();
+  MICS_CHECK(versions.problem.empty(), "NCCL needs a GPU and its libraries: ", versions.problem,
+             " Use device_type=\"cpu\", or install a torch with CUDA.");
+  return create(store, options, load_cuda(), load_nccl());
+}
+
+NcclVersions nccl_versions() {
+  NcclVersions versions;
+  versions.header = NCCL_VERSION_CODE;
+  versions.cuda_header = CUDART_VERSION;
+  try {
+    const std::shared_ptr<NcclApi> nccl = load_nccl();
+    if (nccl->get_version(&versions.library) != ncclSuccess) versions.library = 0;
+    const std::shared_ptr<CudaApi> cuda = load_cuda();
+    if (cuda->runtime_get_version(&versions.cuda_runtime) != cudaSuccess) versions.cuda_runtime = 0;
+    const cudaError_t counted = cuda->get_device_count(&versions.num_devices);
+    if (counted != cudaSuccess) {
+      versions.num_devices = 0;
+      versions.problem = "no GPU can be used: " + cuda->error_string(counted) + ".";
+    } else if (versions.num_devices == 0) {
+      versions.problem = "this host has no GPU.";
+    }
+  } catch (const Error& error) {
+    versions.problem = error.what();
+  }
+  return versions;
+}
+
+}  // namespace mics

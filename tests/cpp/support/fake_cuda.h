@@ -1,0 +1,239 @@
+// FakeCuda: the CUDA calls of one rank on a host without a GPU, with the order of the real ones.
+//
+// A stream is a FIFO worker thread; an event is a mark in it. Tensors lie on the CPU. What torch
+// computes on its current stream has run when the call returns, so waiting there stands still.
+// With a seed, each task on a stream starts after a random delay: an order that only events make
+// shows as a wrong result where an event is missing.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <set>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "comm/nccl/cuda_api.h"
+
+namespace mics::testing {
+
+class FakeStream {
+ public:
+  explicit FakeStream(unsigned seed) : random_(seed), has_delays_(seed != 0) {
+    thread_ = std::thread([this] { run(); });
+  }
+  ~FakeStream() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      is_closing_ = true;
+    }
+    changed_.notify_all();
+    thread_.join();
+  }
+  FakeStream(const FakeStream&) = delete;
+  FakeStream& operator=(const FakeStream&) = delete;
+
+  void push(std::function<void()> task) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    tasks_.push_back(std::move(task));
+    changed_.notify_all();
+  }
+  [[nodiscard]] bool is_empty() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return tasks_.empty() && !is_busy_;
+  }
+
+ private:
+  void run() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (true) {
+      changed_.wait(lock, [this] { return is_closing_ || !tasks_.empty(); });
+      if (tasks_.empty()) return;
+      std::function<void()> task = std::move(tasks_.front());
+      tasks_.pop_front();
+      is_busy_ = true;
+      lock.unlock();
+      if (has_delays_) std::this_thread::sleep_for(std::chrono::microseconds(random_() % 300));
+      task();
+      task = nullptr;
+      lock.lock();
+      is_busy_ = false;
+    }
+  }
+
+  std::minstd_rand random_;
+  const bool has_delays_;
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  // Guarded by mutex_.
+  std::deque<std::function<void()>> tasks_;
+  bool is_busy_ = false;
+  bool is_closing_ = false;
+  std::thread thread_;
+};
+
+class FakeCuda final : public CudaApi {
+ public:
+  explicit FakeCuda(std::string bus_id = "0000:00:1e.0", unsigned seed = 0)
+      : bus_id_(std::move(bus_id)), seed_(seed) {}
+  ~FakeCuda() override {
+    streams_.clear();  // runs what is queued
+    EXPECT_EQ(num_live_events(), 0) << "events of rank on " << bus_id_;
+  }
+
+  cudaError_t get_device_count(int* count) override {
+    *count = 8;
+    return cudaSuccess;
+  }
+  cudaError_t runtime_get_version(int* version) override {
+    *version = CUDART_VERSION;
+    return cudaSuccess;
+  }
+  cudaError_t device_get_pci_bus_id(char* id, int length, int /*device*/) override {
+    bus_id_.copy(id, static_cast<size_t>(length) - 1);
+    return cudaSuccess;
+  }
+  cudaError_t set_device(int /*device*/) override { return cudaSuccess; }
+
+  cudaError_t event_create(cudaEvent_t* event) override {
+    count("event_create");
+    auto made = std::make_shared<Mark>();
+    const std::lock_guard<std::mutex> lock(mutex_);
+    *event = reinterpret_cast<cudaEvent_t>(made.get());
+    events_.emplace(*event, std::move(made));
+    return cudaSuccess;
+  }
+  cudaError_t event_destroy(cudaEvent_t event) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return events_.erase(event) == 1 ? cudaSuccess : cudaErrorInvalidResourceHandle;
+  }
+  cudaError_t event_record(cudaEvent_t event, cudaStream_t stream) override {
+    count("event_record");
+    const std::shared_ptr<Mark> mark = find(event);
+    if (mark == nullptr) return cudaErrorInvalidResourceHandle;
+    const int64_t number = mark->add();
+    on_stream(stream, [mark, number] { mark->complete(number); });
+    return cudaSuccess;
+  }
+  cudaError_t event_query(cudaEvent_t event) override {
+    const std::shared_ptr<Mark> mark = find(event);
+    if (mark == nullptr) return cudaErrorInvalidResourceHandle;
+    if (device_error_) return cudaErrorLaunchFailure;
+    return mark->is_done() ? cudaSuccess : cudaErrorNotReady;
+  }
+  cudaError_t stream_wait_event(cudaStream_t stream, cudaEvent_t event) override {
+    count("stream_wait_event");
+    const std::shared_ptr<Mark> mark = find(event);
+    if (mark == nullptr) return cudaErrorInvalidResourceHandle;
+    on_stream(stream, [mark, number = mark->last()] { mark->wait_for(number); });
+    return cudaSuccess;
+  }
+  cudaError_t stream_query(cudaStream_t stream) override {
+    count("stream_query");
+    if (device_error_) return cudaErrorLaunchFailure;
+    if (stream == current_stream(0)) return cudaSuccess;
+    return reinterpret_cast<FakeStream*>(stream)->is_empty() ? cudaSuccess : cudaErrorNotReady;
+  }
+  std::string error_string(cudaError_t error) override {
+    return error == cudaErrorLaunchFailure ? "unspecified launch failure"
+                                           : "error " + std::to_string(error);
+  }
+
+  c10::Device tensor_device(int /*device*/) const override { return c10::kCPU; }
+  // As torch's default stream.
+  cudaStream_t current_stream(int /*device*/) override { return nullptr; }
+  cudaStream_t pool_stream(int /*device*/, bool high_priority) override {
+    count(high_priority ? "pool_stream high" : "pool_stream");
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto number = static_cast<unsigned>(streams_.size());
+    streams_.push_back(std::make_unique<FakeStream>(seed_ == 0 ? 0 : seed_ * 31 + number));
+    return reinterpret_cast<cudaStream_t>(streams_.back().get());
+  }
+  void run(cudaStream_t stream, int /*device*/, const std::function<void()>& work) override {
+    count("run");
+    on_stream(stream, work);
+  }
+
+  // --- for tests and FakeNccl
+  // ---------------------------------------------------------------------
+
+  void on_stream(cudaStream_t stream, std::function<void()> task) {
+    if (stream == current_stream(0)) return task();
+    reinterpret_cast<FakeStream*>(stream)->push(std::move(task));
+  }
+  // Every query fails from here on, as after a kernel that wrote out of bounds.
+  void break_device() { device_error_ = true; }
+  [[nodiscard]] int num_live_events() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return static_cast<int>(events_.size());
+  }
+  // Calls since the last time, by name; without queries of events, which the watchdog makes too.
+  [[nodiscard]] std::map<std::string, int> take_counts() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return std::exchange(counts_, {});
+  }
+
+ private:
+  // Marks are numbered; mark k is done when done_ has reached k.
+  class Mark {
+   public:
+    int64_t add() {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      return ++last_;
+    }
+    [[nodiscard]] int64_t last() const {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      return last_;
+    }
+    void complete(int64_t number) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      done_ = number;
+      changed_.notify_all();
+    }
+    [[nodiscard]] bool is_done() const {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      return done_ == last_;
+    }
+    void wait_for(int64_t number) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      changed_.wait(lock, [&] { return done_ >= number; });
+    }
+
+   private:
+    mutable std::mutex mutex_;
+    std::condition_variable changed_;
+    int64_t last_ = 0;
+    int64_t done_ = 0;
+  };
+
+  [[nodiscard]] std::shared_ptr<Mark> find(cudaEvent_t event) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = events_.find(event);
+    return found == events_.end() ? nullptr : found->second;
+  }
+  void count(const char* name) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ++counts_[name];
+  }
+
+  const std::string bus_id_;
+  const unsigned seed_;
+  std::atomic<bool> device_error_ = false;
+  mutable std::mutex mutex_;
+  // Guarded by mutex_.
+  std::map<cudaEvent_t, std::shared_ptr<Mark>> events_;
+  std::map<std::string, int> counts_;
+  std::vector<std::unique_ptr<FakeStream>> streams_;
+};
+
+}  // namespace mics::testing

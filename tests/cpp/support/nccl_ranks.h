@@ -1,0 +1,61 @@
+// Ranks as threads whose worlds are the production NCCL code over the fakes.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <torch/csrc/distributed/c10d/HashStore.hpp>
+#include <utility>
+#include <vector>
+
+#include "mics/nccl_world.h"
+#include "mics/runtime_streams.h"
+#include "support/fake_nccl.h"
+
+namespace mics::testing {
+
+class NcclRanks {
+ public:
+  // `seed`: of random delays; 0: none.
+  explicit NcclRanks(int size, unsigned seed = 0)
+      : store_(c10::make_intrusive<c10d::HashStore>()), network_(std::make_shared<FakeNetwork>()) {
+    for (int rank = 0; rank < size; ++rank) {
+      cuda_.push_back(
+          std::make_shared<FakeCuda>("0000:00:" + std::to_string(rank),
+                                     seed == 0 ? 0 : seed + 1000 * static_cast<unsigned>(rank)));
+      nccl_.push_back(std::make_shared<FakeNccl>(network_, cuda_.back()));
+      NcclOptions options;
+      options.rank = rank;
+      options.world_size = size;
+      options.host = "host";
+      options.watch_interval = std::chrono::milliseconds(10);
+      options_.push_back(options);
+    }
+  }
+
+  NcclOptions& options(int rank) { return options_[static_cast<size_t>(rank)]; }
+  FakeCuda& cuda(int rank) { return *cuda_[static_cast<size_t>(rank)]; }
+  FakeNccl& nccl(int rank) { return *nccl_[static_cast<size_t>(rank)]; }
+  FakeNetwork& network() { return *network_; }
+
+  // On the thread of the rank.
+  [[nodiscard]] std::shared_ptr<NcclWorld> make_world(int rank) {
+    const auto index = static_cast<size_t>(rank);
+    return NcclWorld::create(store_, options_[index], cuda_[index], nccl_[index]);
+  }
+
+ private:
+  const c10::intrusive_ptr<c10d::Store> store_;
+  const std::shared_ptr<FakeNetwork> network_;
+  std::vector<std::shared_ptr<FakeCuda>> cuda_;
+  std::vector<std::shared_ptr<FakeNccl>> nccl_;
+  std::vector<NcclOptions> options_;
+};
+
+// As a CUDA rank has them: gathers at high priority.
+inline std::shared_ptr<RuntimeStreams> make_streams(NcclWorld& world) {
+  return std::make_shared<RuntimeStreams>(
+      RuntimeStreams{world.make_current_stream(), world.make_stream(true), world.make_stream(true),
+                     world.make_stream(false), world.make_stream(false), world.make_stream(false)});
+}
+
+}  // namespace mics::testing
