@@ -571,7 +571,8 @@ def python_messages(source: str) -> Iterator[str]:
 
 def cpp_messages(source: str) -> Iterator[str]:
     """Texts of checks and throws, put together from their literals."""
-    starts = r"\b(?:MICS_CHECK|throw \w+Error|detail::concatenate|py::value_error)\("
+    raised = r"(?:throw |make_exception_ptr\(\s*)\w+Error"
+    starts = rf"\b(?:MICS_CHECK|{raised}|detail::concatenate|py::value_error)\("
     for start in re.finditer(starts, source):
         tokens = re.finditer(r'"((?:[^"\\]|\\.)*)"|([()])', source[start.end() :])
         depth, text, last = 1, "", None

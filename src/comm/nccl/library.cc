@@ -19,9 +19,9 @@ Library::Library(const char* what, std::initializer_list<const char*> names) {
       if ((flags & RTLD_NOLOAD) == 0 && reason != nullptr) reasons.append("\n  ").append(reason);
     }
   }
-  throw Error(std::string(what) +
-              " must be installed: no library could be loaded. Install a torch with CUDA, import "
-              "torch first, or put the library's folder into LD_LIBRARY_PATH." +
+  throw Error("the library must be installed: got no " + std::string(what) +
+              ". Install a torch with CUDA, import torch first, or put the library's folder into "
+              "LD_LIBRARY_PATH." +
               reasons);
 }
 

@@ -19,7 +19,7 @@ c10::Device cuda_device(int device) {
 
 class LoadedCuda final : public CudaApi {
  public:
-  LoadedCuda() : library_("the CUDA runtime", {"libcudart.so.13", "libcudart.so.12"}) {
+  LoadedCuda() : library_("CUDA runtime", {"libcudart.so.13", "libcudart.so.12"}) {
     library_.get(get_device_count_, "cudaGetDeviceCount");
     library_.get(runtime_get_version_, "cudaRuntimeGetVersion");
     library_.get(device_get_pci_bus_id_, "cudaDeviceGetPCIBusId");
