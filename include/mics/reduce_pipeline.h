@@ -42,6 +42,9 @@ class ReducePipeline {
   void reduce(int unit);
   // Nothing when nothing is pending.
   void synchronize(int unit);
+  // The end of a backward: lets go of the gradients that reductions still read, after an edge that
+  // makes compute wait for them. Nothing where the host frees them when they have been read.
+  void free_gradients();
   // Until then hidden() must not be read. Throws what the reduction threw.
   void wait(int unit);
   // What reduce() and wait() have stood still for the unit, on the calling thread.
@@ -69,6 +72,8 @@ class ReducePipeline {
   struct InFlight {
     std::unique_ptr<Event> intra_done;
     std::unique_ptr<Event> rail_done;
+    // Gradients that it reads, where memory is freed in the order of compute.
+    std::vector<at::Tensor> gradients;
   };
   void make_events();
   [[nodiscard]] Unit& unit(int index) { return *units_[static_cast<size_t>(index)]; }

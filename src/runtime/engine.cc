@@ -351,6 +351,7 @@ void Engine::finish_backward() {
   recomputation_tape_ = nullptr;
   backward_started_ = false;
   synchronize_pending();
+  reduces_.free_gradients();
 }
 
 // At a boundary: hop 2 for units that this backward did not touch but earlier micro-steps did, then

@@ -1,5 +1,6 @@
 #include "mics/reduce_pipeline.h"
 
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
@@ -26,6 +27,16 @@ void accumulate(Stream& stream, const at::Tensor& sum, const at::Tensor& value, 
       sum.add_(value);
     }
   });
+}
+
+// The same memory, owned by somebody else.
+std::vector<at::Tensor> borrow(const std::vector<at::Tensor>& tensors) {
+  std::vector<at::Tensor> borrowed;
+  for (const at::Tensor& tensor : tensors) {
+    borrowed.push_back(
+        at::from_blob(tensor.mutable_data_ptr(), tensor.sizes(), tensor.options()));
+  }
+  return borrowed;
 }
 
 }  // namespace
@@ -63,7 +74,7 @@ void ReducePipeline::reduce(int index) {
   const c10::InferenceMode no_inference(false);
   const c10::NoGradGuard no_grad;
   const int slot = static_cast<int>(next_);
-  const InFlight& in_flight = in_flight_[next_];
+  InFlight& in_flight = in_flight_[next_];
   next_ = (next_ + 1) % in_flight_.size();
   // The memory of the reduction that used this slot, and the gradients that it read, are free.
   std::chrono::nanoseconds& exposed = state(index).exposed;
@@ -71,10 +82,15 @@ void ReducePipeline::reduce(int index) {
                exposed);
   wait_exposed(*streams_.compute, *in_flight.rail_done, "earlier reduction", reduced.name(),
                exposed);
-  const std::vector<at::Tensor> regions = reduced.take_full_gradients([&](int64_t numel) {
+  in_flight.gradients.clear();
+  std::vector<at::Tensor> regions = reduced.take_full_gradients([&](int64_t numel) {
     return memory_->packed_gradients(slot, numel, reduced.reduce_dtype());
   });
   for (const at::Tensor& region : regions) streams_.compute->note_write(region);
+  if (streams_.frees_in_compute_order) {
+    in_flight.gradients = regions;
+    regions = borrow(regions);
+  }
   streams_.compute->record(*gradients_ready_);
   streams_.reduce_intra->wait(*gradients_ready_);
   if (reduced.accumulates_block()) {
@@ -189,6 +205,14 @@ const at::Tensor& ReducePipeline::factor_of(double factor, const at::Tensor& lik
   return factors_.back().tensor;
 }
 
+void ReducePipeline::free_gradients() {
+  for (InFlight& in_flight : in_flight_) {
+    if (in_flight.gradients.empty()) continue;
+    streams_.compute->wait(*in_flight.intra_done);
+    in_flight.gradients.clear();
+  }
+}
+
 void ReducePipeline::wait(int index) {
   wait_exposed(*streams_.compute, *state(index).synchronized, "reduction", unit(index).name(),
                state(index).exposed);
@@ -207,6 +231,7 @@ void ReducePipeline::drop(int index) {
 
 void ReducePipeline::reset() {
   for (const std::shared_ptr<Unit>& dropped : units_) dropped->drop_gradients();
+  for (InFlight& slot : in_flight_) slot.gradients.clear();
   make_events();
   memory_ = nullptr;
 }

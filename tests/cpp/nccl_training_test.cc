@@ -3,7 +3,10 @@
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>
 
+#include <fstream>
+#include <map>
 #include <ostream>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -104,6 +107,143 @@ void expect_bitwise_equal(const std::vector<Gradients>& found,
   }
 }
 
+// --- the budget of docs/streams.md
+// ----------------------------------------------------------------
+
+struct Calls {
+  int launches = 0;
+  int records = 0;
+  int waits = 0;
+  bool operator==(const Calls&) const = default;
+};
+Calls operator*(int times, const Calls& calls) {
+  return {times * calls.launches, times * calls.records, times * calls.waits};
+}
+Calls operator+(const Calls& a, const Calls& b) {
+  return {a.launches + b.launches, a.records + b.records, a.waits + b.waits};
+}
+void PrintTo(const Calls& calls, std::ostream* out) {
+  *out << calls.launches << " launches, " << calls.records << " records, " << calls.waits
+       << " waits";
+}
+
+// The row of the page's table, "| use | launches | records | waits |".
+Calls budget(const std::string& use) {
+  std::ifstream page(MICS_DOCS_DIR "/streams.md");
+  for (std::string line; std::getline(page, line);) {
+    const std::string start = "| " + use + " |";
+    if (line.compare(0, start.size(), start) != 0) continue;
+    std::istringstream numbers(line.substr(start.size()));
+    Calls calls;
+    char bar = 0;
+    numbers >> calls.launches >> bar >> calls.records >> bar >> calls.waits;
+    return calls;
+  }
+  ADD_FAILURE() << "docs/streams.md has no row \"" << use << "\"";
+  return {};
+}
+
+struct Step {
+  Calls calls;
+  std::map<std::string, int> others;  // calls by name
+};
+
+// Of rank 0, in its fourth step.
+Step count_step(const Case& what, int max_in_flight = 0) {
+  std::map<std::string, int> counts;
+  NcclRanks ranks(what.world.size());
+  run_ranks(what.world.size(), [&](int rank) {
+    ranks.options(rank).max_in_flight = max_in_flight;
+    Rank one(ranks, what, rank);
+    train(one.model(), rank, 3);
+    if (rank == 0) {
+      (void)ranks.cuda(0).take_counts();
+      (void)ranks.nccl(0).take_counts();
+    }
+    train(one.model(), rank, 1);
+    if (rank != 0) return;
+    counts = ranks.cuda(0).take_counts();
+    counts.merge(ranks.nccl(0).take_counts());
+  });
+  const auto take = [&](const char* name) {
+    const auto found = counts.extract(name);
+    return found.empty() ? 0 : found.mapped();
+  };
+  Step step;
+  step.calls = {take("launch"), take("event_record"), take("stream_wait_event")};
+  step.others = counts;
+  return step;
+}
+
+constexpr Residency kShard = Residency::kShard;
+constexpr Residency kBlock = Residency::kBlock;
+constexpr Residency kFull = Residency::kFull;
+
+constexpr int kUses = kNumLayers * kMicroSteps;  // of units, in the forwards of a step
+
+// What every step has beside gathers and reductions of its units.
+Calls ends(int num_in_flight) {
+  return kNumLayers * budget("end of a unit's step") +
+         kMicroSteps * num_in_flight * Calls{0, 0, budget("end of a backward").waits / 2} +
+         budget("end of a step");
+}
+
+TEST(NcclBudget, OneNode) {
+  const Step step = count_step({"", {1, 4, 4, false}, {}});
+  EXPECT_EQ(step.calls,
+            2 * kUses * budget("gather, one hop") + kUses * budget("reduce, one hop") + ends(2));
+}
+
+TEST(NcclBudget, TwoNodesHierarchical) {
+  const Step step = count_step({"", {2, 2, 4, true}, {}});
+  EXPECT_EQ(step.calls,
+            2 * kUses * budget("gather, two hops") + kUses * budget("reduce, two hops") + ends(2));
+  // One NCCL group for the two pieces of a unit's hop inside a node; hop 1 is one call.
+  EXPECT_EQ(step.others.at("group_start"), 3 * kUses);
+  EXPECT_EQ(step.others.at("all_gather"), 2 * kUses * 3);
+  EXPECT_EQ(step.others.at("reduce_scatter"), kUses * 3);
+}
+
+TEST(NcclBudget, Replicas) {
+  const Step step = count_step({"", {2, 2, 2, false}, {}});
+  EXPECT_EQ(step.calls, 2 * kUses * budget("gather, one hop") + kUses * budget("reduce, one hop") +
+                            kNumLayers * budget("replicas' sum, per step") + ends(2));
+}
+
+TEST(NcclBudget, KeptBlocks) {
+  const Step step = count_step({"", {2, 2, 4, true}, {kBlock, kBlock, kBlock}});
+  EXPECT_EQ(step.calls, kNumLayers * budget("first gather into a kept node block") +
+                            (2 * kUses - kNumLayers) * budget("gather, from a kept node block") +
+                            kUses * budget("reduce, into a kept gradient block") +
+                            kNumLayers * budget("hop 2 of a kept gradient block, per step") +
+                            ends(2));
+}
+
+TEST(NcclBudget, NothingIsMadeAndTheHostWaitsForNothing) {
+  for (const Case& what :
+       {Case{"", {1, 4, 4, false}, {}}, Case{"", {2, 2, 4, true}, {}},
+        Case{"", {2, 2, 2, false}, {}}, Case{"", {2, 2, 4, true}, {kFull, kFull, kShard}}}) {
+    const Step step = count_step(what);
+    for (const char* call : {"event_create", "stream_query", "pool_stream", "comm_split"}) {
+      EXPECT_EQ(step.others.count(call), 0U) << call;
+    }
+  }
+}
+
+// An edge per launch at most.
+TEST(NcclBudget, LimitOfOperationsUnderWayAddsEdgesOnly) {
+  const Case what{"", {2, 2, 4, true}, {}};
+  const Step free = count_step(what);
+  const Step limited = count_step(what, 4);
+  EXPECT_EQ(limited.calls.launches, free.calls.launches);
+  EXPECT_EQ(limited.calls.records, free.calls.records);
+  EXPECT_GT(limited.calls.waits, free.calls.waits);
+  EXPECT_LE(limited.calls.waits, free.calls.waits + free.calls.launches);
+}
+
+// --- the bits
+// --------------------------------------------------------------------------------------
+
 class NcclTraining : public ::testing::TestWithParam<Case> {};
 
 TEST_P(NcclTraining, GivesTheBitsOfTheLocalBackend) {
@@ -121,10 +261,6 @@ TEST_P(NcclTraining, RandomDelaysChangeNothing) {
     expect_bitwise_equal(train_over_nccl(ranks, GetParam(), 2), expected);
   }
 }
-
-constexpr Residency kShard = Residency::kShard;
-constexpr Residency kBlock = Residency::kBlock;
-constexpr Residency kFull = Residency::kFull;
 
 std::vector<Case> cases() {
   std::vector<Case> found;

@@ -55,7 +55,8 @@ class NcclRanks {
 inline std::shared_ptr<RuntimeStreams> make_streams(NcclWorld& world) {
   return std::make_shared<RuntimeStreams>(
       RuntimeStreams{world.make_current_stream(), world.make_stream(true), world.make_stream(true),
-                     world.make_stream(false), world.make_stream(false), world.make_stream(false)});
+                     world.make_stream(false), world.make_stream(false), world.make_stream(false),
+                     /*frees_in_compute_order=*/true});
 }
 
 }  // namespace mics::testing
