@@ -103,6 +103,12 @@ class Communicator {
   // From here on operations are logged. Before the first one.
   void set_flight_log(std::shared_ptr<FlightLog> log) { log_ = std::move(log); }
 
+  // For callers that have no stream: on a CPU the calling thread, on a device torch's current
+  // stream.
+  [[nodiscard]] virtual std::unique_ptr<Stream> make_caller_stream() const {
+    return make_inline_stream();
+  }
+
   // Memory that the backend keeps for moving messages: grows to the largest one.
   [[nodiscard]] virtual int64_t staging_nbytes() const { return 0; }
 

@@ -93,9 +93,10 @@ class NcclWorld {
   // Whatever stream is torch's current one when it is used: the caller's compute.
   [[nodiscard]] virtual std::unique_ptr<Stream> make_current_stream() = 0;
 
-  // Waits for what is under way, then ends all communicators in the order in which they were made.
-  // Throws what has failed, after aborting them. Nothing the second time.
-  virtual void close() = 0;
+  // Waits for what is under way, `patience` at most, ends all communicators in the order in which
+  // they were made, and stops the watchdog. Throws what has failed, or TimeoutError, after aborting
+  // them. Nothing the second time.
+  virtual void close(std::chrono::milliseconds patience) = 0;
   // What was asked for and not obtained, and what the environment spoils; for the start-up report.
   [[nodiscard]] virtual std::vector<std::string> notes() const = 0;
 

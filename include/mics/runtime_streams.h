@@ -25,9 +25,10 @@ struct RuntimeStreams {
   std::unique_ptr<Stream> reduce_intra;
   std::unique_ptr<Stream> reduce_rail;
   std::unique_ptr<Stream> replicate;
-  // What the caller's thread frees is used again at once in the order of `compute`, as by a device's
-  // caching allocator. Then gradients are freed by an edge to compute, and not when the host sees
-  // that their reduction is over: it runs ahead of the device, and would hold those of many units.
+  // What the caller's thread frees is used again at once in the order of `compute`, as by a
+  // device's caching allocator. Then gradients are freed by an edge to compute, and not when the
+  // host sees that their reduction is over: it runs ahead of the device, and would hold those of
+  // many units.
   bool frees_in_compute_order = false;
   // All but compute.
   [[nodiscard]] std::vector<Stream*> communication() const {

@@ -93,23 +93,24 @@ void bind_comm(py::module_& module) {
       .def_property_readonly("rank", [](const Communicator& self) { return self.group().rank; })
       .def_property_readonly("size", [](const Communicator& self) { return self.group().size(); })
       .def_property_readonly("gathers_in_ring", &Communicator::gathers_in_ring)
+      .def_property_readonly("reduces_in_ring", &Communicator::reduces_in_ring)
       .def_property_readonly("traffic", [](const Communicator& self) { return self.traffic(); })
       .def(
           "all_gather",
           [](Communicator& self, const Tensors& outputs, const Tensors& inputs) {
-            self.all_gather(to_pairs(outputs, inputs), *make_inline_stream());
+            self.all_gather(to_pairs(outputs, inputs), *self.make_caller_stream());
           },
           py::arg("outputs"), py::arg("inputs"), Release())
       .def(
           "reduce_scatter",
           [](Communicator& self, const Tensors& outputs, const Tensors& inputs) {
-            self.reduce_scatter(to_pairs(outputs, inputs), *make_inline_stream());
+            self.reduce_scatter(to_pairs(outputs, inputs), *self.make_caller_stream());
           },
           py::arg("outputs"), py::arg("inputs"), Release())
       .def(
           "all_reduce",
           [](Communicator& self, const at::Tensor& tensor) {
-            self.all_reduce(tensor, *make_inline_stream());
+            self.all_reduce(tensor, *self.make_caller_stream());
           },
           py::arg("tensor"), Release())
       .def("set_flight_log", &Communicator::set_flight_log, py::arg("log"))

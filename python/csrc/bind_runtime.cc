@@ -4,6 +4,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "bindings.h"
+#include "end_without_gil.h"
 #include "mics/engine.h"
 #include "mics/runtime_streams.h"
 #include "mics/unit.h"
@@ -46,18 +47,6 @@ std::shared_ptr<Unit> make_unit(std::string name, std::vector<UnitParameter> par
       new OwnedUnit{{gather_rail, gather_intra, reduce_rail, reduce_intra, replicate},
                     Unit(std::move(options), communicators)});
   return std::shared_ptr<Unit>(owned, &owned->unit);
-}
-
-// For objects whose last reference may be dropped with the GIL held, but whose end waits for
-// threads that may need it.
-template <typename T>
-std::shared_ptr<T> end_without_gil(std::shared_ptr<T> owner) {
-  T* const address = owner.get();
-  return {address, [owner = std::move(owner)](T*) mutable {
-            if (PyGILState_Check() == 0) return owner.reset();
-            const py::gil_scoped_release no_gil;
-            owner.reset();
-          }};
 }
 
 std::shared_ptr<Engine> make_engine(std::vector<std::shared_ptr<Unit>> units,

@@ -21,5 +21,6 @@ PYBIND11_MODULE(_C, module) {
   mics::bind_cost(module);
   mics::bind_comm(module);
   mics::bind_runtime(module);
+  mics::bind_nccl(module);
   mics::bind_optim(module);
 }

@@ -43,6 +43,7 @@ class Context:
         _check_agreement(self.units)
         # Kept here: all models of a session write into one.
         self.flight_log = flight_log() if dist.get_world_size() > 1 else None
+        self.nccl_world = root_unit.groups.nccl_world()  # kept here too
         self.communicators: dict[_C.Variant, Communicators] = {}
         for unit in self.units:
             variant = unit.groups.variant(unit.hierarchical)
@@ -72,6 +73,8 @@ class Context:
         memory = self.engine.memory()
         parts = ", ".join(f"{part.name} {part.nbytes:,}" for part in memory.parts)
         lines.append(f"memory: {memory.nbytes:,} bytes ({parts or 'none'})")
+        if self.nccl_world is not None:
+            lines += [f"note: {text}" for text in self.nccl_world.notes()]
         return "\n  ".join(lines)
 
     def _absorb_older_contexts(self) -> None:

@@ -7,7 +7,6 @@ import hashlib
 import json
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
@@ -21,7 +20,9 @@ def operation_timeout() -> datetime.timedelta:
     """Gives the time-out of a collective: that of torch's default process group."""
     group = dist.group.WORLD
     assert group is not None
-    options = group._get_backend(torch.device("cpu")).options
+    # A group for "nccl" alone has none for the CPU.
+    devices = sorted(group._device_types, key=lambda device: device.type != "cpu")
+    options = group._get_backend(devices[0]).options
     return getattr(options, "_timeout", c10d.default_pg_timeout)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
-import pathlib
-import socket
 import weakref
 from typing import Literal
 
@@ -17,6 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torch_mics import _C
 from torch_mics._exchange import check_same, exchange, operation_timeout
+from torch_mics._hosts import host, node
+from torch_mics._nccl import check_device, make_world, version_text
 from torch_mics._shm_groups import IntraBackend, ShmGroups, resolve_intra_backend
 
 ShardSize = int | Literal["node", "world"]
@@ -44,10 +44,11 @@ class _Shared:
             weakref.WeakValueDictionary()
         )
         self.shm: weakref.WeakValueDictionary[str, _C.ShmGroup] = weakref.WeakValueDictionary()
-        self.streams: weakref.WeakValueDictionary[bool, _C.RuntimeStreams] = (
+        self.streams: weakref.WeakValueDictionary[str, _C.RuntimeStreams] = (
             weakref.WeakValueDictionary()
         )
         self.flight_log: weakref.ref[_C.FlightLog] | None = None
+        self.nccl: weakref.ref[_C.NcclWorld] | None = None
 
 
 _shared_by_world: weakref.WeakKeyDictionary[object, _Shared] = weakref.WeakKeyDictionary()
@@ -75,16 +76,6 @@ def flight_log() -> _C.FlightLog:
         )
         shared.flight_log = weakref.ref(found)
     return found
-
-
-def host_identity() -> str:
-    """Names this rank's node: MICS_NODE_ID if set, else host name and boot id."""
-    name = os.environ.get("MICS_NODE_ID")
-    if name:
-        return name
-    boot_id = pathlib.Path("/proc/sys/kernel/random/boot_id")
-    boot = boot_id.read_text().strip() if boot_id.exists() else "unknown boot"
-    return f"{socket.gethostname()}/{boot}"
 
 
 def ensure_process_group() -> None:
@@ -135,7 +126,7 @@ def _resolve_shard_size(shard_size: ShardSize, nodes: list[str]) -> int:
 def _find_nodes(gpus_per_node: int | None) -> list[str]:
     """Gives the node of every rank."""
     if gpus_per_node is None:
-        return exchange("nodes", host_identity())
+        return exchange("nodes", node())
     world_size = dist.get_world_size()
     if gpus_per_node < 1 or world_size % gpus_per_node != 0:
         raise ValueError(
@@ -164,14 +155,16 @@ def init_mesh(
         device_type: "cuda" or "cpu"; by default "cuda" where there is one.
         gpus_per_node: ranks per node, instead of what the hosts say.
         intra_backend: what carries collectives inside a node. "shm": shared memory, for tensors on the
-            CPU; "c10d": torch's process groups; "auto": shared memory where all members of the groups
-            can share it. The environment variable MICS_INTRA_BACKEND comes first.
+            CPU; "c10d": torch's process groups, on CUDA between nodes too; "auto": shared memory where
+            all members of the groups can share it, on CUDA NCCL. The environment variable
+            MICS_INTRA_BACKEND comes first.
 
     Raises:
         ValueError: on every rank; the message lists the legal sizes, or the map of ranks to nodes.
-        RuntimeError: torch.distributed is not initialised.
+        RuntimeError: torch.distributed is not initialised, or there is no GPU for "cuda".
     """
     ensure_process_group()
+    check_device(device_type or _default_device_type())
     intra_backend = resolve_intra_backend(intra_backend)
     check_same(
         "the arguments of init_mesh",
@@ -222,7 +215,7 @@ class Groups:
 
     def __init__(self, mesh: DeviceMesh, nodes: list[str], intra_backend: IntraBackend) -> None:
         self.mesh = mesh
-        self._nodes = nodes
+        self.intra_backend = intra_backend
         self.topology = _C.Topology(node_of_rank=nodes, partition_size=mesh.size(mesh.ndim - 1))
         self.shm = ShmGroups(intra_backend, mesh.device_type, self.topology)
         # What carries a communicator, and why.
@@ -274,8 +267,13 @@ class Groups:
             roles: by name of the communicator, all groups of the world; all of one size.
         """
         several = {role: groups for role, groups in roles.items() if len(groups[0]) > 1}
-        made, reasons = self.shm.make(several, _shared().shm)
-        carried = dict.fromkeys(made, "shm")
+        world = self.nccl_world()
+        if world is None:
+            made, reasons = self.shm.make(several, _shared().shm)
+            carried = dict.fromkeys(made, "shm")
+        else:
+            made = {role: self._over_nccl(world, role, groups) for role, groups in several.items()}
+            carried = dict.fromkeys(made, f"nccl {version_text(_C.nccl_versions().library)}")
         for role, groups in roles.items():
             if role in several and role not in made:
                 made[role] = self._over_process_group(role, groups)
@@ -294,6 +292,32 @@ class Groups:
         world = _C.LocalWorld(self.topology.world_size, timeout=operation_timeout())
         return world.make_communicator(
             name=name, world_ranks=[rank], nodes=[self.topology.node_of(rank)], rank=0
+        )
+
+    def nccl_world(self) -> _C.NcclWorld | None:
+        """Gives NCCL's world of this rank, made when it is new, for the caller to keep; None without.
+
+        Collective when it is new.
+        """
+        is_used = self.mesh.device_type == "cuda" and self.intra_backend != "c10d"
+        if not is_used or self.topology.world_size == 1:
+            return None
+        shared = _shared()
+        found = shared.nccl() if shared.nccl is not None else None
+        if found is None:
+            found = make_world(host())
+            shared.nccl = weakref.ref(found)
+        return found
+
+    def _over_nccl(
+        self, world: _C.NcclWorld, name: str, groups: list[list[int]]
+    ) -> _C.Communicator:
+        ranks = next(group for group in groups if dist.get_rank() in group)
+        return world.make_communicator(
+            name=name,
+            world_ranks=ranks,
+            nodes=[self.topology.node_of(rank) for rank in ranks],
+            rank=ranks.index(dist.get_rank()),
         )
 
     def _over_process_group(self, name: str, groups: list[list[int]]) -> _C.Communicator:
@@ -322,18 +346,22 @@ class Groups:
         return found
 
     def streams(self, device: torch.device) -> _C.RuntimeStreams:
-        """Gives the streams for shards on `device`: threads, or the caller's own one.
+        """Gives the streams for shards on `device`: NCCL's, threads, or the caller's own one.
 
-        On the caller's thread in a world of one, where there is nothing to wait for, on other devices
-        than a CPU, and where MICS_STREAMS=inline.
+        Without NCCL on the caller's thread in a world of one, where there is nothing to wait for, on other
+        devices than a CPU, and where MICS_STREAMS=inline.
         """
         kind = os.environ.get("MICS_STREAMS", "threads")
         if kind not in ("inline", "threads"):
             raise ValueError(f'MICS_STREAMS must be "inline" or "threads": got "{kind}".')
-        on_threads = kind == "threads" and device.type == "cpu" and self.topology.world_size > 1
-        found = _shared().streams.get(on_threads)
+        world = self.nccl_world()
+        if device.type != "cpu" or self.topology.world_size == 1:
+            kind = "inline" if world is None else "nccl"
+        found = _shared().streams.get(kind)
         if found is None:
-            found = _shared().streams[on_threads] = _C.RuntimeStreams(on_threads=on_threads)
+            on_threads = kind == "threads"
+            found = world.make_streams() if world else _C.RuntimeStreams(on_threads=on_threads)
+            _shared().streams[kind] = found
         return found
 
 
@@ -367,4 +395,4 @@ def groups_of(mesh: DeviceMesh) -> Groups:
         )
     intra_backend = resolve_intra_backend("auto")
     check_same("MICS_INTRA_BACKEND", intra_backend)
-    return _attach_groups(mesh, exchange("nodes", host_identity()), intra_backend)
+    return _attach_groups(mesh, exchange("nodes", node()), intra_backend)

@@ -33,8 +33,7 @@ void accumulate(Stream& stream, const at::Tensor& sum, const at::Tensor& value, 
 std::vector<at::Tensor> borrow(const std::vector<at::Tensor>& tensors) {
   std::vector<at::Tensor> borrowed;
   for (const at::Tensor& tensor : tensors) {
-    borrowed.push_back(
-        at::from_blob(tensor.mutable_data_ptr(), tensor.sizes(), tensor.options()));
+    borrowed.push_back(at::from_blob(tensor.mutable_data_ptr(), tensor.sizes(), tensor.options()));
   }
   return borrowed;
 }

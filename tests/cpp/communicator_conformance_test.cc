@@ -71,7 +71,7 @@ class Conformance
       const auto communicator = world->make_communicator(world_group(size(), rank));
       const auto stream = world->make_stream(/*high_priority=*/true);
       body(rank, *communicator, *stream);
-      world->close();
+      world->close(std::chrono::seconds(30));
     });
     ASSERT_EQ(ranks.network().faults(), std::vector<std::string>());
     ASSERT_EQ(ranks.network().num_live_comms, 0);

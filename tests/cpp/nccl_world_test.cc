@@ -62,8 +62,9 @@ TEST(NcclStart, MixedVersionsAreRefusedOnEveryRank) {
 TEST(NcclStart, TwoRanksOnOneGpuAreRefusedOnEveryRank) {
   NcclRanks ranks(2);
   ranks.options(1).host = "other";  // one bus id on two hosts is two GPUs
-  EXPECT_EQ(errors_of(2, [&](int rank) { ranks.make_world(rank)->close(); }),
-            std::vector<std::string>(2));
+  EXPECT_EQ(
+      errors_of(2, [&](int rank) { ranks.make_world(rank)->close(std::chrono::seconds(30)); }),
+      std::vector<std::string>(2));
   const auto store = c10::make_intrusive<c10d::HashStore>();
   const auto network = std::make_shared<testing::FakeNetwork>();
   const auto errors = errors_of(2, [&](int rank) {
@@ -113,7 +114,7 @@ TEST(NcclStart, NonBlockingStartEndsOrIsGivenUpInTime) {
       communicator->all_reduce(tensor, *stream);
       stream->synchronize();
       EXPECT_TRUE(at::equal(tensor, at::full({3}, 2.0)));
-      world->close();
+      world->close(std::chrono::seconds(30));
     });
     for (const std::string& error : errors) {
       EXPECT_EQ(has(error, "ncclCommInitRankConfig must end in time"), stalls) << error;
@@ -145,7 +146,7 @@ TEST(NcclStart, SecondCommunicatorOfTheSameMembersIsSplit) {
       reduce->all_reduce(at::ones({1}), *stream);
       // Its parents have been used: a split would wait for them.
       const auto later = world->make_communicator(group_of({0, 1}, rank, "later"));
-      world->close();
+      world->close(std::chrono::seconds(30));
       EXPECT_EQ(ranks.nccl(rank).take_counts()["comm_split"], has_split ? 1 : 0);
       EXPECT_EQ(world->notes().size(), has_split ? 1U : 2U);
     });
@@ -182,7 +183,7 @@ std::vector<std::string> errors_of_fault(
       EXPECT_LT(std::chrono::steady_clock::now() - begin, kTimeout + kMargin);
       EXPECT_THROW(communicator->all_reduce(at::ones({1}), *stream), Error);
       EXPECT_TRUE(stream->has_failed());
-      EXPECT_ANY_THROW(world->close());
+      EXPECT_ANY_THROW(world->close(std::chrono::seconds(30)));
       throw;
     }
   });
@@ -345,7 +346,35 @@ TEST(NcclUse, TensorsOfAnOperationLiveUntilItIsDone) {
     EXPECT_TRUE(at::equal(output, at::arange(1, 3).to(at::kFloat)));
     communicator->all_reduce(at::ones({1}), *stream);  // lets go of what is done
     EXPECT_TRUE(input->expired());
-    world->close();
+    world->close(std::chrono::seconds(30));
+  });
+}
+
+TEST(NcclUse, EventsAreUsedAgain) {
+  NcclRanks ranks(2);
+  run_ranks(2, [&](int rank) {
+    const auto world = ranks.make_world(rank);
+    const auto communicator = world->make_communicator(group_of({0, 1}, rank));
+    const auto stream = world->make_stream(false);
+    const auto launch = [&](int times) {
+      (void)ranks.cuda(rank).take_counts();
+      for (int i = 0; i < times; ++i) communicator->all_reduce(at::ones({1}), *stream);
+      stream->synchronize();
+      return ranks.cuda(rank).take_counts()["event_create"];
+    };
+    std::atomic<bool> is_open = false;
+    stream->enqueue([&] {  // all of them are under way at once
+      while (!is_open) std::this_thread::sleep_for(milliseconds(1));
+    });
+    std::thread opener([&] {
+      std::this_thread::sleep_for(milliseconds(50));
+      is_open = true;
+    });
+    EXPECT_EQ(launch(10), 20);
+    opener.join();
+    EXPECT_EQ(launch(1), 0);
+    EXPECT_EQ(launch(10), 0);
+    world->close(std::chrono::seconds(30));
   });
 }
 
@@ -368,7 +397,7 @@ TEST(NcclUse, NoMoreOperationsAreUnderWayThanAllowed) {
         }
       }
       for (const auto& stream : streams) stream->synchronize();
-      world->close();
+      world->close(std::chrono::seconds(30));
     });
     for (int rank = 0; rank < 2; ++rank) {
       if (max_in_flight == 0) {
@@ -388,7 +417,7 @@ TEST(NcclUse, TensorsOfAnotherDeviceAreRefusedBeforeAnythingIsQueued) {
   const at::Tensor elsewhere = at::empty({1}, at::TensorOptions().device(at::kMeta));
   EXPECT_THROW(communicator->all_reduce(elsewhere, *stream), InvalidArgument);
   EXPECT_EQ(communicator->traffic().calls, 0);
-  world->close();
+  world->close(std::chrono::seconds(30));
 }
 
 TEST(NcclUse, BytesAreCountedAsRings) {
@@ -405,7 +434,7 @@ TEST(NcclUse, BytesAreCountedAsRings) {
     EXPECT_EQ(communicator->traffic().sent_inter_nbytes, rank % 2 == 1 ? 120 : 0);
     EXPECT_EQ(communicator->traffic().received_inter_nbytes, rank % 2 == 0 ? 120 : 0);
     EXPECT_TRUE(communicator->reduces_in_ring() && communicator->gathers_in_ring());
-    world->close();
+    world->close(std::chrono::seconds(30));
   });
 }
 
@@ -417,9 +446,9 @@ TEST(NcclEnd, CloseWaitsForWhatIsUnderWayAndIsIdempotent) {
     const auto stream = world->make_stream(false);
     const at::Tensor tensor = at::ones({2});
     for (int i = 0; i < 20; ++i) communicator->all_reduce(tensor, *stream);
-    world->close();
+    world->close(std::chrono::seconds(30));
     EXPECT_EQ(tensor[0].item<float>(), 1 << 20);
-    world->close();
+    world->close(std::chrono::seconds(30));
     EXPECT_THROW(communicator->all_reduce(tensor, *stream), CommError);
   });
   EXPECT_EQ(ranks.network().faults(), std::vector<std::string>());
@@ -469,7 +498,7 @@ TEST(NcclEnd, ForkedProcessIsRefused) {
       EXPECT_EQ(WEXITSTATUS(status), 0);
     }
     communicator->barrier();
-    world->close();
+    world->close(std::chrono::seconds(30));
   });
 #endif
 }

@@ -10,7 +10,7 @@ from torch import nn
 
 from torch_mics import _C
 from torch_mics._exchange import exchange
-from torch_mics._groups import host_identity
+from torch_mics._hosts import node
 from torch_mics._shard_model import Units
 from torch_mics.planner._calibration import Calibration, load_calibration, shipped_instances
 from torch_mics.planner._plan import plan
@@ -30,7 +30,7 @@ def choose_shard_size(model: nn.Module, units: Units) -> int:
         ValueError: on every rank; the GPU is unknown and MICS_CALIBRATION is not set, the nodes differ
             in size, or the model fits nowhere.
     """
-    nodes = exchange("nodes", host_identity())
+    nodes = exchange("nodes", node())
     ranks_per_node = _C.Topology(node_of_rank=nodes, partition_size=1).ranks_per_node
     if ranks_per_node == 0:
         raise ValueError(

@@ -55,10 +55,16 @@ def _from_same_node(
     nodes = [topology.node_of(rank) for rank in communicator.world_ranks]
     mine = nodes[communicator.rank]
     beside, others = nodes.count(mine) - 1, communicator.size - 1
-    inside = reduced * beside // others
-    if not communicator.gathers_in_ring:
-        return inside + gathered * beside // others
-    return inside + (gathered if nodes[communicator.rank - 1] == mine else 0)
+    before_is_beside = nodes[communicator.rank - 1] == mine
+
+    def inside(nbytes: int, in_ring: bool) -> int:
+        if in_ring:
+            return nbytes if before_is_beside else 0
+        return nbytes * beside // others
+
+    return inside(gathered, communicator.gathers_in_ring) + inside(
+        reduced, communicator.reduces_in_ring
+    )
 
 
 def counted_bytes(context: Context) -> Bytes:

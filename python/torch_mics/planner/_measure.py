@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from torch_mics import _C
 from torch_mics._exchange import exchange
-from torch_mics._groups import groups_of, host_identity, init_mesh
+from torch_mics._groups import groups_of, init_mesh
+from torch_mics._hosts import node
 
 DEFAULT_SIZES = (2**20, 2**24, 2**27)  # bytes of a unit
 _REPEATS = 5
@@ -44,7 +45,7 @@ def ranks_per_node() -> int:
     Raises:
         ValueError: on every rank; there is one rank, or the nodes differ in size.
     """
-    nodes = exchange("nodes", host_identity())
+    nodes = exchange("nodes", node())
     found = _C.Topology(node_of_rank=nodes, partition_size=1).ranks_per_node
     if len(nodes) < 2 or found == 0:
         raise ValueError(

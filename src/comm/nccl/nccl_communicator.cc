@@ -155,10 +155,10 @@ void NcclCommunicator::do_all_reduce(const at::Tensor& tensor) {
 
 void NcclCommunicator::barrier() {
   const c10::Device device = shared_.context->cuda->tensor_device(shared_.context->device);
-  CudaStream stream(shared_.context, nullptr);
-  all_reduce(at::zeros({1}, at::TensorOptions().dtype(at::kLong).device(device)), stream,
+  const std::unique_ptr<Stream> stream = make_caller_stream();
+  all_reduce(at::zeros({1}, at::TensorOptions().dtype(at::kLong).device(device)), *stream,
              "barrier");
-  stream.synchronize();
+  stream->synchronize();
 }
 
 }  // namespace mics

@@ -32,6 +32,9 @@ class NcclCommunicator final : public Communicator {
   ~NcclCommunicator() override;
 
   void barrier() override;
+  std::unique_ptr<Stream> make_caller_stream() const override {
+    return std::make_unique<CudaStream>(shared_.context, nullptr);
+  }
 
  protected:
   Route gather_route() const override { return Route::kRing; }

@@ -48,13 +48,13 @@ NcclWatchdog::NcclWatchdog(std::shared_ptr<const CudaContext> context,
       next_store_look_(std::chrono::steady_clock::now() + kStoreInterval),
       thread_([this] { run(); }) {}
 
-NcclWatchdog::~NcclWatchdog() {
+void NcclWatchdog::stop() {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     is_closing_ = true;
   }
   closing_.notify_all();
-  thread_.join();
+  if (thread_.joinable()) thread_.join();
 }
 
 void NcclWatchdog::watch(std::shared_ptr<NcclHandle> handle, std::shared_ptr<InFlight> in_flight) {
@@ -130,18 +130,25 @@ void NcclWatchdog::look() {
             late->log.get());
       }
     }
-    if (now < next_store_look_) return;
+    if (has_store_ended_ || now < next_store_look_) return;
     next_store_look_ = now + std::max(kStoreInterval, limits_.interval);
-    if (store_->check({kFailureKey})) {
-      fail(std::make_exception_ptr(
-               CommError("another rank's collective failed, which ended those of all: " +
-                         store_->get_to_str(kFailureKey))),
-           nullptr);
-    }
   } catch (const std::exception& error) {
-    fail(std::make_exception_ptr(CommError(
-             std::string("the watchdog must reach the device and the Store: ") + error.what())),
+    return fail(std::make_exception_ptr(
+                    CommError(std::string("the watchdog must reach the device: ") + error.what())),
+                nullptr);
+  }
+  look_into_store();
+}
+
+void NcclWatchdog::look_into_store() {
+  try {
+    if (!store_->check({kFailureKey})) return;
+    fail(std::make_exception_ptr(
+             CommError("another rank's collective failed, which ended those of all: " +
+                       store_->get_to_str(kFailureKey))),
          nullptr);
+  } catch (const std::exception&) {
+    has_store_ended_ = true;  // torch.distributed has ended; what fails here is still seen
   }
 }
 

@@ -33,7 +33,8 @@ class NcclWatchdog {
   NcclWatchdog(std::shared_ptr<const CudaContext> context, c10::intrusive_ptr<c10d::Store> store,
                int rank, Limits limits);
   // Stops without ending the communicators.
-  ~NcclWatchdog();
+  ~NcclWatchdog() { stop(); }
+  void stop();
 
   void watch(std::shared_ptr<NcclHandle> handle, std::shared_ptr<InFlight> in_flight);
   // In the order of watch().
@@ -50,6 +51,8 @@ class NcclWatchdog {
   };
   void run();
   void look();
+  // Ends all when another rank has.
+  void look_into_store();
   [[nodiscard]] std::vector<Watched> watched() const;
   void abort_all() noexcept;
 
@@ -57,7 +60,9 @@ class NcclWatchdog {
   const c10::intrusive_ptr<c10d::Store> store_;
   const int rank_;
   const Limits limits_;
-  std::chrono::steady_clock::time_point next_store_look_;  // of the thread
+  // Of the thread.
+  std::chrono::steady_clock::time_point next_store_look_;
+  bool has_store_ended_ = false;
   mutable std::mutex mutex_;
   std::condition_variable closing_;
   // Guarded by mutex_.

@@ -104,9 +104,7 @@ class NcclWorldOfRank final : public NcclWorld {
         NcclWatchdog::Limits{options_.timeout, options_.start_timeout, options_.watch_interval});
   }
 
-  ~NcclWorldOfRank() override {
-    for (const std::shared_ptr<NcclHandle>& handle : watchdog_->handles()) handle->abort();
-  }
+  ~NcclWorldOfRank() override { abort_all(); }
 
   std::unique_ptr<Communicator> make_communicator(GroupInfo group) override {
     context_->failure->rethrow_if_set();
@@ -162,19 +160,21 @@ class NcclWorldOfRank final : public NcclWorld {
     return std::make_unique<CudaStream>(context_, nullptr);
   }
 
-  void close() override {
-    const auto deadline = std::chrono::steady_clock::now() + options_.timeout;
+  void close(std::chrono::milliseconds patience) override {
+    const auto deadline = std::chrono::steady_clock::now() + patience;
     try {
       for (const std::shared_ptr<InFlight>& in_flight : watchdog_->in_flight()) {
         in_flight->drain(deadline);
       }
+      for (const std::shared_ptr<NcclHandle>& handle : watchdog_->handles()) {
+        handle->close(patience);
+      }
     } catch (...) {
-      for (const std::shared_ptr<NcclHandle>& handle : watchdog_->handles()) handle->abort();
+      abort_all();
+      watchdog_->stop();
       throw;
     }
-    for (const std::shared_ptr<NcclHandle>& handle : watchdog_->handles()) {
-      handle->close(options_.init_timeout);
-    }
+    watchdog_->stop();
   }
 
   std::vector<std::string> notes() const override {
@@ -207,6 +207,10 @@ class NcclWorldOfRank final : public NcclWorld {
     std::shared_ptr<NcclHandle> handle;
     std::shared_ptr<InFlight> in_flight;
   };
+
+  void abort_all() noexcept {
+    for (const Made& made : made_) made.handle->abort();
+  }
 
   // Raises on all ranks alike, before NCCL would fail or hang.
   void check_devices() {

@@ -1,0 +1,71 @@
+#include <pybind11/chrono.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <torch/csrc/distributed/c10d/Store.hpp>
+
+#include "bindings.h"
+#include "end_without_gil.h"
+#include "mics/nccl_world.h"
+#include "mics/runtime_streams.h"
+
+namespace py = pybind11;
+
+namespace mics {
+
+namespace {
+
+std::shared_ptr<NcclWorld> make_world(const c10::intrusive_ptr<c10d::Store>& store, int rank,
+                                      int world_size, int device, std::string host,
+                                      std::chrono::milliseconds timeout) {
+  NcclOptions options;
+  options.rank = rank;
+  options.world_size = world_size;
+  options.device = device;
+  options.host = std::move(host);
+  options.timeout = timeout;
+  options.start_timeout = 2 * timeout;
+  options.init_timeout = timeout;
+  return end_without_gil(NcclWorld::create(store, options));
+}
+
+std::shared_ptr<RuntimeStreams> make_streams(NcclWorld& world) {
+  return end_without_gil(std::make_shared<RuntimeStreams>(RuntimeStreams{
+      world.make_current_stream(), world.make_stream(/*high_priority=*/true),
+      world.make_stream(/*high_priority=*/true), world.make_stream(/*high_priority=*/false),
+      world.make_stream(/*high_priority=*/false), world.make_stream(/*high_priority=*/false),
+      /*frees_in_compute_order=*/true}));
+}
+
+}  // namespace
+
+void bind_nccl(py::module_& module) {
+  using Release = py::call_guard<py::gil_scoped_release>;
+
+  py::class_<NcclVersions>(module, "NcclVersions")
+      .def_readonly("header", &NcclVersions::header)
+      .def_readonly("library", &NcclVersions::library)
+      .def_readonly("cuda_header", &NcclVersions::cuda_header)
+      .def_readonly("cuda_runtime", &NcclVersions::cuda_runtime)
+      .def_readonly("num_devices", &NcclVersions::num_devices)
+      .def_readonly("problem", &NcclVersions::problem);
+  module.def("nccl_versions", &nccl_versions, Release());
+
+  py::class_<NcclWorld, std::shared_ptr<NcclWorld>>(module, "NcclWorld")
+      .def(py::init(&make_world), py::arg("store"), py::kw_only(), py::arg("rank"),
+           py::arg("world_size"), py::arg("device"), py::arg("host"), py::arg("timeout"), Release())
+      .def(
+          "make_communicator",
+          [](NcclWorld& self, std::string name, std::vector<int> world_ranks,
+             std::vector<int> nodes, int rank) {
+            return end_without_gil(std::shared_ptr<Communicator>(self.make_communicator(
+                {std::move(name), std::move(world_ranks), std::move(nodes), rank})));
+          },
+          py::kw_only(), py::arg("name"), py::arg("world_ranks"), py::arg("nodes"), py::arg("rank"),
+          Release())
+      .def("make_streams", &make_streams, Release())
+      .def("close", &NcclWorld::close, py::arg("patience"), Release())
+      .def("notes", &NcclWorld::notes, Release());
+}
+
+}  // namespace mics
