@@ -8,7 +8,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy  # noqa: 
 
 from torch_mics import checkpoint, collectives, optim  # noqa: E402
 from torch_mics._C import CommError, InternalError, TimeoutError  # noqa: E402
-from torch_mics._flight import export_chrome_trace, flight_log  # noqa: E402
+from torch_mics._flight import (  # noqa: E402
+    export_chrome_trace,
+    export_flight_recorder,
+    flight_log,
+)
 from torch_mics._full_state import full_state_dict, load_full_state_dict  # noqa: E402
 from torch_mics._fully_shard import fully_shard  # noqa: E402
 from torch_mics._groups import init_mesh  # noqa: E402
@@ -52,6 +56,7 @@ __all__ = [
     "collectives",
     "describe",
     "export_chrome_trace",
+    "export_flight_recorder",
     "exposed",
     "flight_log",
     "full_state_dict",

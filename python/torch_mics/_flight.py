@@ -1,8 +1,10 @@
-"""The last collectives of a rank: as a list, and as a trace to look at."""
+"""The last collectives of a rank: as a list, as a trace, and for torch's flight recorder tools."""
 
 from __future__ import annotations
 
 import json
+import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +80,71 @@ def export_chrome_trace(model: nn.Module, path: str | Path) -> None:
         for entry in log
     ]
     Path(path).write_text(json.dumps({"traceEvents": events}) + "\n")
+
+
+# The form of torch 2.11's own recorder.
+_RECORDER_VERSION = "2.10"
+_RECORDER_STATES = {
+    "issued": "scheduled",
+    "started": "started",
+    "finished": "completed",
+    "failed": "started",  # it did not complete
+}
+
+
+def export_flight_recorder(model: nn.Module, folder: str | Path) -> Path:
+    """Writes the flight log as torch's flight recorder does, for `torch.distributed.flight_recorder`.
+
+    Every rank writes a file of its own, also after a collective failed. The analyser matches the files of
+    all ranks and names the first collective in which they differ, and the ranks that are missing. Our log
+    knows bytes and not shapes: sizes are numbers of bytes, and a launch is one entry for all its tensors.
+
+    Args:
+        model: a sharded module.
+        folder: must exist.
+
+    Returns:
+        The file, torch_mics_rank_<world rank>.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    to_epoch = time.time_ns() - time.monotonic_ns()
+
+    def nanoseconds(seconds: float | None) -> int | None:
+        return None if seconds is None else int(seconds * 1e9) + to_epoch
+
+    groups: dict[str, dict[str, str]] = {}
+    entries = []
+    for record_id, entry in enumerate(flight_log(model)):
+        name, _, members = entry["group"].rpartition(" [")
+        ranks = members.rstrip("]").split(" ")
+        groups[name] = {"name": name, "desc": name, "ranks": f"[{', '.join(ranks)}]"}
+        whole, piece = [entry["nbytes"]], [entry["nbytes"] // len(ranks)]
+        is_gather, is_scatter = entry["op"] == "all_gather", entry["op"] == "reduce_scatter"
+        entries.append(
+            {
+                "record_id": record_id,
+                "pg_id": list(groups).index(name),
+                "process_group": (name, name),
+                "collective_seq_id": entry["number"],
+                "p2p_seq_id": 0,
+                "op_id": entry["number"],
+                # The analyser knows operations of "nccl:" alone, whatever carried them.
+                "profiling_name": f"nccl:{entry['op']}",
+                "is_p2p": False,
+                "input_sizes": [piece if is_gather else whole],
+                "input_dtypes": ["Byte"],
+                "output_sizes": [piece if is_scatter else whole],
+                "output_dtypes": ["Byte"],
+                "state": _RECORDER_STATES[entry["state"]],
+                "time_created_ns": nanoseconds(entry["issued_at"]),
+                "time_discovered_started_ns": nanoseconds(entry["started_at"]),
+                "time_discovered_completed_ns": nanoseconds(entry["ended_at"]),
+                "retired": entry["state"] == "finished",
+                "timeout_ms": 0,
+                "frames": [{"name": f"unit {entry['unit']}", "filename": "torch_mics", "line": 0}],
+            }
+        )
+    path = Path(folder) / f"torch_mics_rank_{rank}"
+    with path.open("wb") as file:
+        pickle.dump({"version": _RECORDER_VERSION, "pg_config": groups, "entries": entries}, file)
+    return path

@@ -150,7 +150,7 @@ class FakeNccl final : public NcclApi {
     for (auto& [handle, comm] : comms_) comm->async_error = error;
   }
   // Operations whose streams had reached them and that were not done, at most.
-  [[nodiscard]] int most_under_way() const { return most_under_way_; }
+  [[nodiscard]] int most_under_way() const { return under_way_->most; }
   [[nodiscard]] std::map<std::string, int> take_counts() {
     const std::lock_guard<std::mutex> lock(mutex_);
     return std::exchange(counts_, {});
@@ -250,6 +250,10 @@ class FakeNccl final : public NcclApi {
   std::string last_error(ncclComm_t /*comm*/) override { return {}; }
 
  private:
+  struct UnderWay {
+    std::atomic<int> now = 0;
+    std::atomic<int> most = 0;
+  };
   struct Pending {
     std::shared_ptr<FakeComm> comm;
     FakeCall call;
@@ -337,31 +341,33 @@ class FakeNccl final : public NcclApi {
               cudaStream_t stream) {
     count("launch");
     const int64_t turn = comm->num_launched++;
-    cuda_->on_stream(stream, [this, comm, turn, calls = std::move(calls)] {
-      const int now = ++num_under_way_;
-      for (int most = most_under_way_; now > most;) {
-        if (most_under_way_.compare_exchange_weak(most, now)) break;
-      }
-      {
-        std::unique_lock<std::mutex> lock(comm->mutex);
-        comm->turn_came.wait(lock, [&] { return comm->num_run == turn || comm->is_aborted; });
-      }
-      if (!comm->is_aborted) run(*comm, calls);
-      const std::lock_guard<std::mutex> lock(comm->mutex);
-      ++comm->num_run;
-      comm->turn_came.notify_all();
-      --num_under_way_;
-    });
+    // It may run when this is gone.
+    cuda_->on_stream(
+        stream, [network = network_, under_way = under_way_, comm, turn, calls = std::move(calls)] {
+          const int now = ++under_way->now;
+          for (int most = under_way->most; now > most;) {
+            if (under_way->most.compare_exchange_weak(most, now)) break;
+          }
+          {
+            std::unique_lock<std::mutex> lock(comm->mutex);
+            comm->turn_came.wait(lock, [&] { return comm->num_run == turn || comm->is_aborted; });
+          }
+          if (!comm->is_aborted) run(*network, *comm, calls);
+          const std::lock_guard<std::mutex> lock(comm->mutex);
+          ++comm->num_run;
+          comm->turn_came.notify_all();
+          --under_way->now;
+        });
   }
 
   // On the stream.
-  void run(FakeComm& comm, const std::vector<FakeCall>& calls) {
+  static void run(FakeNetwork& network, FakeComm& comm, const std::vector<FakeCall>& calls) {
     FakeRendezvous& members = *comm.members;
     if (!members.meet(comm.rank, &calls, comm.is_aborted)) return;
     for (int other = 0; other < members.size(); ++other) {
       const std::string difference = compare(calls, members.calls_of(other));
       if (difference.empty()) continue;
-      network_->add_fault(comm.key + ": " + difference);
+      network.add_fault(comm.key + ": " + difference);
       members.wait_for_abort(comm.is_aborted);
       return;
     }
@@ -377,7 +383,7 @@ class FakeNccl final : public NcclApi {
   }
 
   // Gathers at once; gives what is to be written when all have read.
-  at::Tensor read(const FakeComm& comm, size_t index, const FakeCall& call) const {
+  static at::Tensor read(const FakeComm& comm, size_t index, const FakeCall& call) {
     const auto count_of = static_cast<int64_t>(call.count);
     std::vector<at::Tensor> pieces;
     for (int other = 0; other < comm.members->size(); ++other) {
@@ -429,8 +435,7 @@ class FakeNccl final : public NcclApi {
   int group_depth_ = 0;
   std::vector<Pending> pending_;
   cudaStream_t own_stream_ = nullptr;
-  std::atomic<int> num_under_way_ = 0;
-  std::atomic<int> most_under_way_ = 0;
+  const std::shared_ptr<UnderWay> under_way_ = std::make_shared<UnderWay>();
   std::mutex mutex_;
   // Guarded by mutex_.
   std::map<ncclComm_t, std::shared_ptr<FakeComm>> comms_;
