@@ -107,8 +107,7 @@ void expect_bitwise_equal(const std::vector<Gradients>& found,
   }
 }
 
-// --- the budget of docs/streams.md
-// ----------------------------------------------------------------
+// --- the budget of docs/streams.md ---------------------------------------------------------------
 
 struct Calls {
   int launches = 0;
@@ -241,8 +240,7 @@ TEST(NcclBudget, LimitOfOperationsUnderWayAddsEdgesOnly) {
   EXPECT_LE(limited.calls.waits, free.calls.waits + free.calls.launches);
 }
 
-// --- the bits
-// --------------------------------------------------------------------------------------
+// --- the bits ------------------------------------------------------------------------------------
 
 class NcclTraining : public ::testing::TestWithParam<Case> {};
 

@@ -29,7 +29,8 @@ namespace mics::testing {
 
 class FakeStream {
  public:
-  explicit FakeStream(unsigned seed) : random_(seed), has_delays_(seed != 0) {
+  FakeStream(unsigned seed, unsigned max_delay_us)
+      : random_(seed), max_delay_us_(seed != 0 ? max_delay_us : 0) {
     thread_ = std::thread([this] { run(); });
   }
   ~FakeStream() {
@@ -63,7 +64,9 @@ class FakeStream {
       tasks_.pop_front();
       is_busy_ = true;
       lock.unlock();
-      if (has_delays_) std::this_thread::sleep_for(std::chrono::microseconds(random_() % 300));
+      if (max_delay_us_ > 0) {
+        std::this_thread::sleep_for(std::chrono::microseconds(random_() % max_delay_us_));
+      }
       task();
       task = nullptr;
       lock.lock();
@@ -72,7 +75,7 @@ class FakeStream {
   }
 
   std::minstd_rand random_;
-  const bool has_delays_;
+  const unsigned max_delay_us_;
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   // Guarded by mutex_.
@@ -84,8 +87,9 @@ class FakeStream {
 
 class FakeCuda final : public CudaApi {
  public:
-  explicit FakeCuda(std::string bus_id = "0000:00:1e.0", unsigned seed = 0)
-      : bus_id_(std::move(bus_id)), seed_(seed) {}
+  explicit FakeCuda(std::string bus_id = "0000:00:1e.0", unsigned seed = 0,
+                    unsigned max_delay_us = 300)
+      : bus_id_(std::move(bus_id)), seed_(seed), max_delay_us_(max_delay_us) {}
   ~FakeCuda() override {
     streams_.clear();  // runs what is queued
     EXPECT_EQ(num_live_events(), 0) << "events of rank on " << bus_id_;
@@ -156,7 +160,8 @@ class FakeCuda final : public CudaApi {
     count(high_priority ? "pool_stream high" : "pool_stream");
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto number = static_cast<unsigned>(streams_.size());
-    streams_.push_back(std::make_unique<FakeStream>(seed_ == 0 ? 0 : seed_ * 31 + number));
+    streams_.push_back(
+        std::make_unique<FakeStream>(seed_ == 0 ? 0 : seed_ * 31 + number, max_delay_us_));
     return reinterpret_cast<cudaStream_t>(streams_.back().get());
   }
   void run(cudaStream_t stream, int /*device*/, const std::function<void()>& work) override {
@@ -184,12 +189,14 @@ class FakeCuda final : public CudaApi {
   }
 
  private:
-  // Marks are numbered; mark k is done when done_ has reached k.
+  // Records are numbered. An event may be recorded on another stream while an earlier record is
+  // pending: what waits for that one still does.
   class Mark {
    public:
     int64_t add() {
       const std::lock_guard<std::mutex> lock(mutex_);
-      return ++last_;
+      pending_.insert(++last_);
+      return last_;
     }
     [[nodiscard]] int64_t last() const {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -197,23 +204,23 @@ class FakeCuda final : public CudaApi {
     }
     void complete(int64_t number) {
       const std::lock_guard<std::mutex> lock(mutex_);
-      done_ = number;
+      pending_.erase(number);
       changed_.notify_all();
     }
     [[nodiscard]] bool is_done() const {
       const std::lock_guard<std::mutex> lock(mutex_);
-      return done_ == last_;
+      return !pending_.contains(last_);
     }
     void wait_for(int64_t number) {
       std::unique_lock<std::mutex> lock(mutex_);
-      changed_.wait(lock, [&] { return done_ >= number; });
+      changed_.wait(lock, [&] { return !pending_.contains(number); });
     }
 
    private:
     mutable std::mutex mutex_;
     std::condition_variable changed_;
     int64_t last_ = 0;
-    int64_t done_ = 0;
+    std::set<int64_t> pending_;
   };
 
   [[nodiscard]] std::shared_ptr<Mark> find(cudaEvent_t event) const {
@@ -228,6 +235,7 @@ class FakeCuda final : public CudaApi {
 
   const std::string bus_id_;
   const unsigned seed_;
+  const unsigned max_delay_us_;
   std::atomic<bool> device_error_ = false;
   mutable std::mutex mutex_;
   // Guarded by mutex_.

@@ -15,13 +15,13 @@ namespace mics::testing {
 
 class NcclRanks {
  public:
-  // `seed`: of random delays; 0: none.
-  explicit NcclRanks(int size, unsigned seed = 0)
+  // `seed`: of random delays of up to `max_delay_us`; 0: none.
+  explicit NcclRanks(int size, unsigned seed = 0, unsigned max_delay_us = 300)
       : store_(c10::make_intrusive<c10d::HashStore>()), network_(std::make_shared<FakeNetwork>()) {
     for (int rank = 0; rank < size; ++rank) {
-      cuda_.push_back(
-          std::make_shared<FakeCuda>("0000:00:" + std::to_string(rank),
-                                     seed == 0 ? 0 : seed + 1000 * static_cast<unsigned>(rank)));
+      cuda_.push_back(std::make_shared<FakeCuda>(
+          "0000:00:" + std::to_string(rank),
+          seed == 0 ? 0 : seed + 1000 * static_cast<unsigned>(rank), max_delay_us));
       nccl_.push_back(std::make_shared<FakeNccl>(network_, cuda_.back()));
       NcclOptions options;
       options.rank = rank;
