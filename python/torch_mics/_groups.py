@@ -163,8 +163,8 @@ def init_mesh(
         ValueError: on every rank; the message lists the legal sizes, or the map of ranks to nodes.
         RuntimeError: torch.distributed is not initialised, or there is no GPU for "cuda".
     """
-    ensure_process_group()
     check_device(device_type or _default_device_type())
+    ensure_process_group()
     intra_backend = resolve_intra_backend(intra_backend)
     check_same(
         "the arguments of init_mesh",

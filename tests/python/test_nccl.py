@@ -37,6 +37,7 @@ def test_versions_are_those_of_the_libraries_that_torch_uses():
 def test_cuda_without_a_gpu_is_refused_by_name():
     with pytest.raises(RuntimeError, match='device_type="cuda" needs a GPU and NCCL'):
         mics.init_mesh(1, device_type="cuda")
+    assert not dist.is_initialized()  # a call that is refused leaves nothing behind
 
 
 def _make_world(rank: int) -> str:
