@@ -86,7 +86,7 @@ class NcclWorld {
   NcclWorld& operator=(const NcclWorld&) = delete;
 
   // Called by each member. Throws TimeoutError that names the members that did not come, CommError.
-  // Destroying a communicator before close() aborts it.
+  // It works without the world, which only close() needs. Destroying it before close() aborts it.
   [[nodiscard]] virtual std::unique_ptr<Communicator> make_communicator(GroupInfo group) = 0;
   // A stream of torch's pool.
   [[nodiscard]] virtual std::unique_ptr<Stream> make_stream(bool high_priority) = 0;

@@ -62,7 +62,7 @@ void bind_nccl(py::module_& module) {
                 {std::move(name), std::move(world_ranks), std::move(nodes), rank})));
           },
           py::kw_only(), py::arg("name"), py::arg("world_ranks"), py::arg("nodes"), py::arg("rank"),
-          Release())
+          Release(), py::keep_alive<0, 1>())  // so that the end of the process finds the world
       .def("make_streams", &make_streams, Release())
       .def("close", &NcclWorld::close, py::arg("patience"), Release())
       .def("notes", &NcclWorld::notes, Release());

@@ -68,18 +68,6 @@ std::vector<NcclWatchdog::Watched> NcclWatchdog::watched() const {
   return watched_;
 }
 
-std::vector<std::shared_ptr<NcclHandle>> NcclWatchdog::handles() const {
-  std::vector<std::shared_ptr<NcclHandle>> found;
-  for (Watched& one : watched()) found.push_back(std::move(one.handle));
-  return found;
-}
-
-std::vector<std::shared_ptr<InFlight>> NcclWatchdog::in_flight() const {
-  std::vector<std::shared_ptr<InFlight>> found;
-  for (Watched& one : watched()) found.push_back(std::move(one.in_flight));
-  return found;
-}
-
 void NcclWatchdog::abort_all() noexcept {
   for (const Watched& one : watched()) one.handle->abort();
 }

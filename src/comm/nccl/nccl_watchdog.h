@@ -37,9 +37,6 @@ class NcclWatchdog {
   void stop();
 
   void watch(std::shared_ptr<NcclHandle> handle, std::shared_ptr<InFlight> in_flight);
-  // In the order of watch().
-  [[nodiscard]] std::vector<std::shared_ptr<NcclHandle>> handles() const;
-  [[nodiscard]] std::vector<std::shared_ptr<InFlight>> in_flight() const;
   // Makes `exception` the world's failure unless it has one, tells the other ranks, and aborts all
   // communicators. Adds the table of all ranks from `log`, which may be null.
   void fail(const std::exception_ptr& exception, FlightLog* log);

@@ -104,16 +104,17 @@ class NcclWorldOfRank final : public NcclWorld {
         NcclWatchdog::Limits{options_.timeout, options_.start_timeout, options_.watch_interval});
   }
 
-  ~NcclWorldOfRank() override { abort_all(); }
-
   std::unique_ptr<Communicator> make_communicator(GroupInfo group) override {
     context_->failure->rethrow_if_set();
     const std::string name = group.name + " " + list(group.world_ranks);
     // Names, and not a number over all groups: ranks are in different groups.
     const std::string topic = "communicator/" + name + "/" + std::to_string(num_of_name_[name]++);
     const int rank = group.rank;
-    store_->set(topic + "/" + std::to_string(group.world_ranks[static_cast<size_t>(rank)]), "here");
-    (void)wait_for_all(*store_, topic, group.world_ranks, options_.rank, options_.init_timeout);
+    std::erase_if(made_, [](const Made& made) { return made.handle->get() == nullptr; });
+    store_->set(topic + "/" + std::to_string(group.world_ranks[static_cast<size_t>(rank)]),
+                unused_topics(group.world_ranks));
+    const std::shared_ptr<NcclHandle> parent = common_parent(
+        wait_for_all(*store_, topic, group.world_ranks, options_.rank, options_.init_timeout));
 
     check_cuda(*context_->cuda, context_->cuda->set_device(options_.device), "cudaSetDevice");
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
@@ -125,7 +126,6 @@ class NcclWorldOfRank final : public NcclWorld {
 
     const auto deadline = std::chrono::steady_clock::now() + options_.init_timeout;
     ncclComm_t comm = nullptr;
-    const std::shared_ptr<NcclHandle> parent = unused_handle(group.world_ranks);
     const char* call = parent != nullptr ? "ncclCommSplit" : "ncclCommInitRankConfig";
     try {
       const ncclResult_t result =
@@ -145,7 +145,7 @@ class NcclWorldOfRank final : public NcclWorld {
     const auto handle = std::make_shared<NcclHandle>(nccl_, name, comm);
     const auto in_flight = std::make_shared<InFlight>(context_);
     watchdog_->watch(handle, in_flight);
-    made_.push_back({group.world_ranks, handle, in_flight});
+    made_.push_back({topic, group.world_ranks, handle, in_flight});
     return std::make_unique<NcclCommunicator>(
         std::move(group),
         NcclCommunicator::Shared{context_, nccl_, order_, options_.timeout, watchdog_}, handle,
@@ -163,14 +163,13 @@ class NcclWorldOfRank final : public NcclWorld {
   void close(std::chrono::milliseconds patience) override {
     const auto deadline = std::chrono::steady_clock::now() + patience;
     try {
-      for (const std::shared_ptr<InFlight>& in_flight : watchdog_->in_flight()) {
-        in_flight->drain(deadline);
+      context_->failure->rethrow_if_set();
+      for (const Made& made : made_) {
+        if (made.handle->get() != nullptr) made.in_flight->drain(deadline);
       }
-      for (const std::shared_ptr<NcclHandle>& handle : watchdog_->handles()) {
-        handle->close(patience);
-      }
+      for (const Made& made : made_) made.handle->close(patience);
     } catch (...) {
-      abort_all();
+      for (const Made& made : made_) made.handle->abort();
       watchdog_->stop();
       throw;
     }
@@ -203,14 +202,11 @@ class NcclWorldOfRank final : public NcclWorld {
 
  private:
   struct Made {
+    std::string topic;  // the same on all members, and of no other communicator
     std::vector<int> world_ranks;
     std::shared_ptr<NcclHandle> handle;
     std::shared_ptr<InFlight> in_flight;
   };
-
-  void abort_all() noexcept {
-    for (const Made& made : made_) made.handle->abort();
-  }
 
   // Raises on all ranks alike, before NCCL would fail or hang.
   void check_devices() {
@@ -266,15 +262,28 @@ class NcclWorldOfRank final : public NcclWorld {
     return id;
   }
 
-  // One of the same members, on all of them: then a split spares the exchange of an id and the
-  // bootstrap. Only before any operation, because a split waits for those of its parent.
-  std::shared_ptr<NcclHandle> unused_handle(const std::vector<int>& world_ranks) const {
-    if (!nccl_->has_comm_split() || world_ranks.size() == 1) return nullptr;
+  // Communicators of these members that a split could come from, a line each. Only before any
+  // operation, because a split waits for those of its parent.
+  [[nodiscard]] std::string unused_topics(const std::vector<int>& world_ranks) const {
+    std::string topics;
+    if (!nccl_->has_comm_split() || world_ranks.size() == 1) return topics;
     for (const Made& made : made_) {
-      if (made.world_ranks == world_ranks && made.handle->get() != nullptr &&
-          made.in_flight->is_unused()) {
-        return made.handle;
-      }
+      if (made.world_ranks == world_ranks && made.in_flight->is_unused())
+        topics += made.topic + "\n";
+    }
+    return topics;
+  }
+
+  // The first that all members have, from what each has said: members destroy theirs at other
+  // times. A split from it spares the exchange of an id and the bootstrap.
+  [[nodiscard]] std::shared_ptr<NcclHandle> common_parent(
+      const std::vector<std::string>& topics_of_members) const {
+    for (const Made& made : made_) {
+      const bool is_common = std::all_of(
+          topics_of_members.begin(), topics_of_members.end(), [&](const std::string& topics) {
+            return ("\n" + topics).find("\n" + made.topic + "\n") != std::string::npos;
+          });
+      if (is_common) return made.handle;
     }
     return nullptr;
   }

@@ -11,7 +11,6 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
-#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -24,65 +23,33 @@
 #include <vector>
 
 #include "comm/nccl/cuda_api.h"
+#include "mics/stream.h"
 
 namespace mics::testing {
 
 class FakeStream {
  public:
   FakeStream(unsigned seed, unsigned max_delay_us)
-      : random_(seed), max_delay_us_(seed != 0 ? max_delay_us : 0) {
-    thread_ = std::thread([this] { run(); });
-  }
-  ~FakeStream() {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      is_closing_ = true;
-    }
-    changed_.notify_all();
-    thread_.join();
-  }
-  FakeStream(const FakeStream&) = delete;
-  FakeStream& operator=(const FakeStream&) = delete;
+      : random_(seed), max_delay_us_(seed != 0 ? max_delay_us : 0) {}
 
   void push(std::function<void()> task) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    tasks_.push_back(std::move(task));
-    changed_.notify_all();
-  }
-  [[nodiscard]] bool is_empty() const {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return tasks_.empty() && !is_busy_;
-  }
-
- private:
-  void run() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    while (true) {
-      changed_.wait(lock, [this] { return is_closing_ || !tasks_.empty(); });
-      if (tasks_.empty()) return;
-      std::function<void()> task = std::move(tasks_.front());
-      tasks_.pop_front();
-      is_busy_ = true;
-      lock.unlock();
+    ++num_queued_;
+    worker_->enqueue([this, task = std::move(task)]() mutable {
       if (max_delay_us_ > 0) {
         std::this_thread::sleep_for(std::chrono::microseconds(random_() % max_delay_us_));
       }
       task();
       task = nullptr;
-      lock.lock();
-      is_busy_ = false;
-    }
+      --num_queued_;
+    });
   }
+  [[nodiscard]] bool is_empty() const { return num_queued_ == 0; }
 
-  std::minstd_rand random_;
+ private:
+  std::minstd_rand random_;  // of the thread
   const unsigned max_delay_us_;
-  mutable std::mutex mutex_;
-  std::condition_variable changed_;
-  // Guarded by mutex_.
-  std::deque<std::function<void()>> tasks_;
-  bool is_busy_ = false;
-  bool is_closing_ = false;
-  std::thread thread_;
+  std::atomic<int> num_queued_ = 0;
+  const std::unique_ptr<Stream> worker_ = make_worker_stream();  // last: it uses the members above
 };
 
 class FakeCuda final : public CudaApi {

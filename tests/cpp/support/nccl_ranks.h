@@ -1,17 +1,44 @@
 // Ranks as threads whose worlds are the production NCCL code over the fakes.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <torch/csrc/distributed/c10d/HashStore.hpp>
 #include <utility>
 #include <vector>
 
+#include "mics/error.h"
 #include "mics/nccl_world.h"
 #include "mics/runtime_streams.h"
 #include "support/fake_nccl.h"
+#include "support/multi_rank.h"
 
 namespace mics::testing {
+
+inline GroupInfo group_of(const std::vector<int>& world_ranks, int world_rank,
+                          const std::string& name = "test") {
+  GroupInfo group{name, world_ranks, std::vector<int>(world_ranks.size(), 0), 0};
+  while (group.world_ranks[static_cast<size_t>(group.rank)] != world_rank) ++group.rank;
+  return group;
+}
+
+// What `body` throws on each rank; empty: nothing.
+inline std::vector<std::string> errors_of(int size, const std::function<void(int)>& body) {
+  std::vector<std::string> errors(static_cast<size_t>(size));
+  run_ranks(size, [&](int rank) {
+    try {
+      body(rank);
+    } catch (const Error& error) {
+      errors[static_cast<size_t>(rank)] = error.what();
+    }
+  });
+  return errors;
+}
+
+inline bool has(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
 
 class NcclRanks {
  public:
