@@ -105,6 +105,11 @@ ROOMS = (
         ("comm/c10d/*", "comm/nccl/*"),
     ),
     Room(
+        "src/comm/store",
+        (*BASE, *TORCH, "comm/store/*", "torch/csrc/distributed/c10d/*"),
+        "comm/store needs c10d's Store only",
+    ),
+    Room(
         "src/comm/c10d",
         (
             *COMM,

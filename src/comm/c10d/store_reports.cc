@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "comm/store/store_clone.h"
+
 namespace mics {
 
 namespace {
@@ -16,17 +18,6 @@ namespace {
 std::string alarm_of(int64_t incident) { return "alarm/" + std::to_string(incident); }
 std::string key_of(int64_t incident, int rank) {
   return "progress/" + std::to_string(incident) + "/" + std::to_string(rank);
-}
-
-// A store of our own. Its calls must not outlast the log: that of a file waits for its time-out
-// when the file is gone.
-c10::intrusive_ptr<c10d::Store> clone_with_timeout(const c10::intrusive_ptr<c10d::Store>& store,
-                                                   std::chrono::milliseconds timeout) {
-  const std::chrono::milliseconds of_caller = store->getTimeout();
-  const c10::intrusive_ptr<c10d::Store> clone = store->clone();
-  clone->setTimeout(timeout);
-  if (store->getTimeout() != of_caller) store->setTimeout(of_caller);  // a clone that is shared
-  return clone;
 }
 
 // The log and the thread that answers for it.
@@ -133,9 +124,9 @@ std::shared_ptr<FlightLog> make_reporting_log(const c10::intrusive_ptr<c10d::Sto
                                               int rank, int world_size,
                                               std::chrono::milliseconds interval,
                                               std::chrono::milliseconds patience) {
-  auto owner = std::make_shared<ReportingLog>(clone_with_timeout(store, patience),
-                                              clone_with_timeout(store, patience), rank, world_size,
-                                              interval, patience);
+  auto owner =
+      std::make_shared<ReportingLog>(clone_store(store, patience), clone_store(store, patience),
+                                     rank, world_size, interval, patience);
   return {owner, &owner->log()};
 }
 

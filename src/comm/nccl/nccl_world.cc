@@ -9,6 +9,7 @@
 
 #include "comm/nccl/nccl_communicator.h"
 #include "comm/nccl/nccl_watchdog.h"
+#include "comm/store/store_clone.h"
 #include "mics/check.h"
 #include "mics/error.h"
 
@@ -54,16 +55,6 @@ std::string list(const std::vector<int>& ranks) {
   return text.str();
 }
 
-// A Store whose time-out is ours and whose calls wait for nobody else's.
-c10::intrusive_ptr<c10d::Store> clone_of(const c10::intrusive_ptr<c10d::Store>& store,
-                                         std::chrono::milliseconds timeout) {
-  const std::chrono::milliseconds of_caller = store->getTimeout();
-  c10::intrusive_ptr<c10d::Store> clone = store->clone();
-  clone->setTimeout(timeout);
-  if (store->getTimeout() != of_caller) store->setTimeout(of_caller);  // a clone that is shared
-  return clone;
-}
-
 // Waits for the keys of all `ranks`, and gives their values.
 std::vector<std::string> wait_for_all(c10d::Store& store, const std::string& topic,
                                       const std::vector<int>& ranks, int world_rank,
@@ -93,14 +84,14 @@ class NcclWorldOfRank final : public NcclWorld {
   NcclWorldOfRank(const c10::intrusive_ptr<c10d::Store>& store, const NcclOptions& options,
                   std::shared_ptr<CudaApi> cuda, std::shared_ptr<NcclApi> nccl)
       : options_(options),
-        store_(clone_of(store, options.init_timeout)),
+        store_(clone_store(store, options.init_timeout)),
         nccl_(std::move(nccl)),
         context_(std::make_shared<const CudaContext>(CudaContext{
             cuda, std::make_shared<EventPool>(cuda), std::make_shared<Failure>(), options.device})),
         order_(std::make_shared<LaunchOrder>(options.max_in_flight)) {
     check_devices();
     watchdog_ = std::make_shared<NcclWatchdog>(
-        context_, clone_of(store, std::chrono::seconds(5)), options_.rank,
+        context_, clone_store(store, std::chrono::seconds(5)), options_.rank,
         NcclWatchdog::Limits{options_.timeout, options_.start_timeout, options_.watch_interval});
   }
 
