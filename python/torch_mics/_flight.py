@@ -115,16 +115,17 @@ def export_flight_recorder(model: nn.Module, folder: str | Path) -> Path:
     groups: dict[str, dict[str, str]] = {}
     entries = []
     for record_id, entry in enumerate(flight_log(model)):
-        name, _, members = entry["group"].rpartition(" [")
+        group = entry["group"]  # "gather/rail [0 2]": a name may have several groups
+        name, _, members = group.rpartition(" [")
         ranks = members.rstrip("]").split(" ")
-        groups[name] = {"name": name, "desc": name, "ranks": f"[{', '.join(ranks)}]"}
+        groups[group] = {"name": group, "desc": name, "ranks": f"[{', '.join(ranks)}]"}
         whole, piece = [entry["nbytes"]], [entry["nbytes"] // len(ranks)]
         is_gather, is_scatter = entry["op"] == "all_gather", entry["op"] == "reduce_scatter"
         entries.append(
             {
                 "record_id": record_id,
-                "pg_id": list(groups).index(name),
-                "process_group": (name, name),
+                "pg_id": list(groups).index(group),
+                "process_group": (group, name),
                 "collective_seq_id": entry["number"],
                 "p2p_seq_id": 0,
                 "op_id": entry["number"],
