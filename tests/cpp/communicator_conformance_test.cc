@@ -258,5 +258,45 @@ TEST(Communicator, DifferentSizesAreAnErrorOnEveryMember) {
   EXPECT_EQ(num_errors, 3);
 }
 
+TEST(Communicator, DifferentOperationsAreAnErrorOnEveryMember) {
+  LocalWorld world(3, std::chrono::seconds(60));
+  std::atomic<int> num_errors = 0;
+  run_ranks(3, [&](int rank) {
+    const auto communicator = world.make_communicator(world_group(3, rank));
+    const auto stream = make_inline_stream();
+    try {
+      if (rank == 0) communicator->barrier();
+      if (rank == 1) communicator->all_gather(at::ones({12}), at::ones({4}), *stream);
+      if (rank == 2) communicator->all_reduce(at::ones({4}), *stream);
+    } catch (const CommError&) {
+      ++num_errors;
+    }
+  });
+  EXPECT_EQ(num_errors, 3);
+}
+
+// The tensors of a call are its own: those of the member that finds the difference first go while
+// the others still look at theirs.
+TEST(Communicator, AMemberThatRefusesStaysUntilTheOthersHaveRead) {
+  LocalWorld world(4, std::chrono::seconds(60));
+  std::atomic<int> num_errors = 0;
+  constexpr int kNumRounds = 100;
+  run_ranks(4, [&](int rank) {
+    const auto communicator = world.make_communicator(world_group(4, rank));
+    for (int round = 0; round < kNumRounds; ++round) {
+      std::vector<TensorPair> pairs;
+      for (int i = 0; i < 500; ++i) pairs.push_back({at::ones({4}), at::ones({1})});
+      // Rank 3 sees it at the first pair, the others at the last, after all pairs of ranks before.
+      if (rank == 3) pairs.front() = {at::ones({8}), at::ones({2})};
+      try {
+        communicator->all_gather(pairs, *make_inline_stream());
+      } catch (const CommError&) {
+        ++num_errors;
+      }
+    }
+  });
+  EXPECT_EQ(num_errors, 4 * kNumRounds);
+}
+
 }  // namespace
 }  // namespace mics

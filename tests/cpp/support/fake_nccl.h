@@ -59,6 +59,18 @@ class FakeRendezvous {
     --num_arrived_;
     return false;
   }
+  // Returns when all have come, whatever is aborted: after a meeting of all, members only read and
+  // write, and none may go while another reads what it has shown.
+  void stay_until_all_have_come() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const int64_t generation = generation_;
+    if (++num_arrived_ < size_) {
+      return changed_.wait(lock, [&] { return generation_ != generation; });
+    }
+    num_arrived_ = 0;
+    ++generation_;
+    changed_.notify_all();
+  }
   void wait_for_abort(const std::atomic<bool>& is_aborted) {
     std::unique_lock<std::mutex> lock(mutex_);
     changed_.wait(lock, [&] { return is_aborted.load(); });
@@ -364,22 +376,24 @@ class FakeNccl final : public NcclApi {
   static void run(FakeNetwork& network, FakeComm& comm, const std::vector<FakeCall>& calls) {
     FakeRendezvous& members = *comm.members;
     if (!members.meet(comm.rank, &calls, comm.is_aborted)) return;
-    for (int other = 0; other < members.size(); ++other) {
-      const std::string difference = compare(calls, members.calls_of(other));
-      if (difference.empty()) continue;
+    std::string difference;
+    for (int other = 0; other < members.size() && difference.empty(); ++other) {
+      difference = compare(calls, members.calls_of(other));
+    }
+    if (!difference.empty()) {  // on every member: what all bring is not the same
+      members.stay_until_all_have_come();
       network.add_fault(comm.key + ": " + difference);
-      members.wait_for_abort(comm.is_aborted);
-      return;
+      return members.wait_for_abort(comm.is_aborted);
     }
     std::vector<at::Tensor> sums;
     for (size_t i = 0; i < calls.size(); ++i) sums.push_back(read(comm, i, calls[i]));
-    if (!members.meet(comm.rank, nullptr, comm.is_aborted)) return;
+    members.stay_until_all_have_come();
     for (size_t i = 0; i < calls.size(); ++i) {
       if (sums[i].defined())
         tensor(calls[i].receive, sums[i].numel(), calls[i].type).copy_(sums[i]);
     }
     // A peer's next operation may write what this one has read.
-    (void)members.meet(comm.rank, nullptr, comm.is_aborted);
+    members.stay_until_all_have_come();
   }
 
   // Gathers at once; gives what is to be written when all have read.
