@@ -264,10 +264,8 @@ def start_rank(local_rank: int, arguments: argparse.Namespace, store: str) -> No
         )
     else:
         dist.init_process_group(backend)
-    try:
-        run(arguments)
-    finally:
-        dist.destroy_process_group()
+    run(arguments)
+    mics.exit_rank()
 
 
 def main() -> None:
@@ -275,8 +273,6 @@ def main() -> None:
     arguments = parse_arguments()
     if "RANK" in os.environ:
         start_rank(int(os.environ.get("LOCAL_RANK", "0")), arguments, "")
-        sys.stdout.flush()
-        os._exit(0)  # docs/errors.md#a-cpu-rank-aborts-at-its-end
     with tempfile.TemporaryDirectory() as directory:
         store = str(Path(directory, "store"))
         torch.multiprocessing.spawn(start_rank, (arguments, store), arguments.ranks)

@@ -25,9 +25,12 @@ HERE = Path(__file__).parent
 REAL = ("--steps", "5", "--base", "ddp")
 # Layers that wait, at the ratio of network to compute that BERT 10B has on p3dn.
 VIRTUAL = (
-    *("--compute", "virtual", "--preset", "p3dn", "--layers", "4", "--layer-mb", "2"),
-    *("--micro-steps", "2", "--steps", "3", "--base", "none"),
+    *("--compute", "virtual", "--preset", "p3dn", "--layers", "8", "--layer-mb", "2"),
+    *("--micro-steps", "4", "--steps", "2", "--base", "none"),
 )
+
+
+MOST_NODES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,18 +44,21 @@ class Cell:
 
 
 def _weak(nodes: int) -> Cell:
-    """Groups of a node beside one group over all; alone there is nothing to choose."""
-    over_all = (
-        ("ours@4",) if nodes == 1 else ("ours@4", f"ours_flat@{4 * nodes}", f"ours@{4 * nodes}")
-    )
-    return Cell(nodes, 4, "100mbit", ("--strategy", "none", *over_all, *VIRTUAL))
+    """Groups of a node beside one group over all; on the most nodes, every size between them too."""
+    names = [f"ours@{4 * nodes}"]
+    if nodes > 1:
+        names = ["ours@4", *names, f"ours_flat@{4 * nodes}"]
+    if nodes == MOST_NODES:
+        names += [f"ours@{p}" for p in (8, 16)]
+    return Cell(nodes, 4, "100mbit", ("--strategy", "none", *names, *VIRTUAL))
 
 
 CELLS = {
     "one_node": Cell(
         *(4, 2, "500mbit"),
         (
-            *("--strategy", "none", "ddp", "fsdp2", "hsdp_deferred@2", "hsdp_deferred@2/our_rs"),
+            *("--strategy", "none", "ddp", "fsdp2", "deepspeed_zero3", "deepspeed_mics@2"),
+            *("hsdp_deferred@2", "hsdp_deferred@2/our_rs"),
             *("hsdp_nosync@2", "hsdp_nosync@2/our_rs", "ours@2", "ours_gloo@2", "ours_nosync@2"),
             *REAL,
         ),
@@ -61,7 +67,7 @@ CELLS = {
         *(4, 2, "500mbit"),
         (
             *("--strategy", "ddp", "hsdp_deferred@4", "hsdp_deferred@4/our_rs", "hsdp_nosync@4"),
-            *("ours@2", "ours@4", "ours_flat@4", "ours_residency@4"),
+            *("hsdp_nosync@4/our_rs", "ours@2", "ours@4", "ours_flat@4", "ours_residency@4"),
             *REAL,
         ),
     ),
@@ -77,11 +83,11 @@ CELLS = {
         f"accumulation_{steps}": Cell(
             *(4, 2, "500mbit"),
             (
-                *("--strategy", "ddp", "hsdp@2", "hsdp_deferred@2", "ours@2", "ours@8"),
+                *("--strategy", "ddp", "hsdp@2", "hsdp_deferred@2", "ours_each@2", "ours@2"),
                 *("--micro-steps", str(steps), *REAL),
             ),
         )
-        for steps in (1, 2, 8)
+        for steps in (1, 2, 4, 8)
     },
     **{f"weak_scaling_{nodes}": _weak(nodes) for nodes in (1, 2, 4, 8)},
 }

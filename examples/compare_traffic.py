@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -184,11 +183,8 @@ def main() -> None:
         for label, size, gloo, ring in rows:
             table.add_row(label, str(size), gloo, ring)
         Console(width=100).print(table)
-    dist.barrier()
-    dist.destroy_process_group()
+    mics.exit_rank()
 
 
 if __name__ == "__main__":
     main()
-    sys.stdout.flush()
-    os._exit(0)  # docs/errors.md#a-cpu-rank-aborts-at-its-end

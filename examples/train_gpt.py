@@ -21,7 +21,7 @@ from gpt.config import ConfigError, parse_config
 
 
 def main() -> int:
-    """Runs the trainer and returns the exit status: 0, or 2 for what cannot be done."""
+    """Runs the trainer and ends the process; returns the exit status 2 for what cannot be done."""
     try:
         name_simulated_node(os.environ)
         config = parse_config()
@@ -29,19 +29,17 @@ def main() -> int:
         # Imported late: --help and wrong options need no library, and the node is named by now.
         from gpt.trainer import run
 
+        import torch_mics as mics
+
         run(config, cluster)
+        mics.exit_rank()
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(1)  # torchrun ends all ranks at the first exit; rank 0 must speak before
         return 2
-    cluster.close()
-    return 0
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # docs/errors.md#a-cpu-rank-aborts-at-its-end
+    sys.exit(main())

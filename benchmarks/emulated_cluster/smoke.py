@@ -17,7 +17,6 @@ Per node and step over its link, with M bytes of parameters, s micro-steps, n ra
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -156,10 +155,8 @@ def main() -> None:
     if rank == 0:
         Console().print(table)
         print("all bytes and losses are as they should be.")
-    dist.destroy_process_group()
+    mics.exit_rank()
 
 
 if __name__ == "__main__":
     main()
-    sys.stdout.flush()
-    os._exit(0)  # docs/errors.md#a-cpu-rank-aborts-at-its-end

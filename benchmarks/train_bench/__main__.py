@@ -10,13 +10,20 @@
   hsdp@P          FSDP2 over groups of P ranks
   *_deferred      replicas are synchronised in the last micro-step only
   *_nosync        gradients are synchronised in the last micro-step only, and kept whole until then
-  ours@P          torch_mics; _flat in one hop, _gloo without shared memory, _nosync as above,
+  ours@P          torch_mics; _each synchronises replicas in every micro-step, _flat gathers and reduces
+                  in one hop, _gloo does without shared memory, _nosync as above,
                   _residency with node blocks of parameters and gradients kept over the step
+  deepspeed_zero3, deepspeed_mics@P   where DeepSpeed is installed; what fails is recorded, with why
   control         sums for means: must not have parity
   .../our_rs      the peer with our reduce-scatter in place of Gloo's, which sends twice the bytes
   .../communication  without the waiting of virtual layers
 
 With --compute virtual layers wait instead of computing, so that many ranks fit on few cores.
+
+On a cluster, one contestant per launch (examples/launch has the files for SLURM and EKS):
+
+    torchrun --nnodes 2 --nproc-per-node 8 ... benchmarks/train_bench --strategy ours@8 \\
+        --shape bert_10b --device cuda --dtype bfloat16 --instance p4d.24xlarge --json out.json
 """
 
 from __future__ import annotations
@@ -24,9 +31,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -39,12 +48,21 @@ from contest import Contest, Record, one_process
 from models import Shape, Transformer, VirtualModel, batch
 from rich.console import Console
 from rich.table import Table
-from strategies import Contestant, check_name, make_contestant
+from strategies import Contestant, Setting, check_name, make_contestant
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import torch_mics as mics
+from torch_mics.planner import load_calibration, published_shapes
 
-WARM_UPS = 2  # steps whose gradients are compared with one process; not timed
+# What the models of this benchmark can be: their perceptron is four times as wide.
+SHAPES = {
+    name: shape
+    for name, shape in published_shapes().items()
+    if shape.mlp == 4 * shape.hidden and shape.mlp_matrices == 2
+}
+GLOBAL_ROWS = 8192  # of a step of the paper
+WARM_UPS = 2  # steps whose gradients are compared with one process; not timed; virtual: 1
 
 # Bytes of a layer over the link's rate, over the time of its forward: as of BERT 10B on these machines.
 PRESETS = {"p3dn": 1.06, "p4d": 0.57}
@@ -66,6 +84,21 @@ def parse_arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--length", type=int, default=64, help="tokens of a row")
     parser.add_argument("--rows", type=int, default=1, help="of a micro-batch")
+    parser.add_argument(
+        "--shape",
+        choices=SHAPES,
+        help="a model of the MiCS paper with its batches: 8 rows a micro-step, 8192 a step, "
+        "recomputation, and no comparison with one process",
+    )
+    parser.add_argument("--recompute", action="store_true", help="keep only the inputs of blocks")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of parameters and compute in FSDP2, HSDP and ours; gradients are reduced in float32",
+    )
+    parser.add_argument("--instance", help="an instance type of the planner, for the MFU")
     parser.add_argument("--compute", choices=("real", "virtual"), default="real")
     parser.add_argument("--layer-mb", type=float, default=4.0, help="virtual: MB of a layer")
     parser.add_argument("--layer-seconds", type=float, default=0.1, help="virtual: of its forward")
@@ -74,9 +107,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-parity", action="store_true", help="compare with no single process")
     parser.add_argument("--json", type=Path, help="write everything here")
     arguments = parser.parse_args()
+    if arguments.shape is not None:
+        _take_shape(arguments)
     for name in ("steps", "micro_steps", "layers", "width", "heads", "length", "rows"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if arguments.dtype != "float32" and not arguments.no_parity:
+        parser.error("one process trains in float32: --dtype needs --no-parity")
+    if arguments.instance is not None:
+        try:
+            load_calibration(arguments.instance)
+        except ValueError as error:
+            parser.error(str(error))
     if arguments.width % arguments.heads:
         parser.error("--width must be a multiple of --heads")
     arguments.base = arguments.base or arguments.strategy[0]
@@ -93,6 +135,17 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+def _take_shape(arguments: argparse.Namespace) -> None:
+    """The model of the paper, and its batches on so many ranks."""
+    shape = SHAPES[arguments.shape]
+    arguments.model = "bert" if "bert" in arguments.shape else "gpt"
+    arguments.layers, arguments.width, arguments.heads = shape.layers, shape.hidden, shape.heads
+    arguments.vocabulary, arguments.length = shape.vocabulary, shape.sequence
+    arguments.rows, arguments.recompute, arguments.no_parity = 8, True, True
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    arguments.micro_steps = max(1, GLOBAL_ROWS // (arguments.rows * ranks))
+
+
 class Task:
     """The model that is asked for, its optimizer and its loss."""
 
@@ -106,13 +159,17 @@ class Task:
             vocabulary=arguments.vocabulary,
             length=arguments.length,
             rows=arguments.rows,
+            recompute=arguments.recompute,
         )
         self.is_virtual = arguments.compute == "virtual"
+        self._device = arguments.device
 
     def model(self, without_waiting: bool = False) -> nn.Module:
         torch.manual_seed(0)
         if not self.is_virtual:
-            return Transformer(self._shape)
+            # Large models are made in shards; the others whole, so that one process can follow.
+            with torch.device("meta" if self._arguments.shape else self._device):
+                return Transformer(self._shape)
         seconds = 0.0 if without_waiting else self._arguments.layer_seconds
         numel = int(self._arguments.layer_mb * 1e6 / 4)
         return VirtualModel(self._arguments.layers, numel, seconds)
@@ -126,7 +183,21 @@ class Task:
     def loss(self, model: nn.Module, step: int, micro_step: int, rank: int) -> Tensor:
         if self.is_virtual:
             return model(torch.ones(1))
-        return model(*batch(self._shape, step, micro_step, rank))
+        return model(*(t.to(self._device) for t in batch(self._shape, step, micro_step, rank)))
+
+    def rates(self, seconds: float) -> dict[str, float]:
+        """What one rank does in a step of so many seconds, by the paper's formula and as MFU."""
+        if self.is_virtual:
+            return {}
+        rows = self._shape.rows * self._arguments.micro_steps
+        rates = {
+            "tokens_per_s": rows * self._shape.length / seconds,
+            "tflops": rows * self._shape.flops(self._shape.recompute) / seconds / 1e12,
+        }
+        if self._arguments.instance is not None:
+            peak = load_calibration(self._arguments.instance)["peak"]
+            rates["mfu"] = rows * self._shape.flops(recompute=False) / seconds / peak
+        return rates
 
 
 def reference(task: Task, arguments: argparse.Namespace) -> tuple[list[float], list[float]] | None:
@@ -145,6 +216,13 @@ def reference(task: Task, arguments: argparse.Namespace) -> tuple[list[float], l
     return found[0]
 
 
+def _version_of(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def versions() -> dict[str, Any]:
     """What made the numbers."""
     git = subprocess.run(
@@ -157,12 +235,20 @@ def versions() -> dict[str, Any]:
     return {
         "torch": torch.__version__,
         "torch_mics": mics.__version__,
+        "deepspeed": _version_of("deepspeed"),
         "python": platform.python_version(),
         "kernel": platform.release(),
         "cores": os.cpu_count(),
         "commit": git.stdout.strip() or None,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def peak_nbytes(device: str) -> int:
+    """The most memory of this process: on a GPU what torch has allocated, else what is resident."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def paired_ratios(records: dict[str, Record], base: str) -> dict[str, float]:
@@ -172,11 +258,17 @@ def paired_ratios(records: dict[str, Record], base: str) -> dict[str, float]:
             own / other for own, other in zip(r.seconds, records[base].seconds, strict=True)
         )
         for name, r in records.items()
+        if not r.why_not and not records[base].why_not
     }
 
 
-def show(records: dict[str, Record], ratios: dict[str, float], base: str) -> None:
-    """Prints the table."""
+def show(
+    records: dict[str, Record],
+    ratios: dict[str, float],
+    base: str,
+    rates: dict[str, dict[str, float]],
+) -> None:
+    """Prints the table; TFLOPS and MFU are those of a rank."""
     table = Table(
         title="one step: time of the slowest rank, CPU of all ranks, bytes sent by node 0"
     )
@@ -184,31 +276,41 @@ def show(records: dict[str, Record], ratios: dict[str, float], base: str) -> Non
     for column in columns:
         table.add_column(column, justify="left" if column == "strategy" else "right")
     table.add_column("counted across MB", justify="right")
+    has_mfu = any("mfu" in rate for rate in rates.values())
+    for column in ("TFLOPS", "MFU") if has_mfu else ():
+        table.add_column(column, justify="right")
     table.add_column("parity")
 
     def megabytes(nbytes: float | None) -> str:
         return "" if nbytes is None else f"{nbytes / 1e6:.2f}"
 
     for name, record in records.items():
+        if record.why_not:
+            blank = [""] * (len(table.columns) - 2)
+            table.add_row(name, *blank, f"did not run: {record.why_not}")
+            continue
         exposed = statistics.median(record.exposed)
         table.add_row(
             name,
             f"{statistics.median(record.seconds):.3f}",
-            f"{ratios[name]:.3f}",
+            f"{ratios[name]:.3f}" if name in ratios else "",
             f"{statistics.median(record.cpu):.3f}",
             "" if exposed != exposed else f"{exposed:.3f}",
             megabytes(record.link_nbytes),
             megabytes(record.loopback_nbytes),
             megabytes(record.counted_inter_nbytes) if record.counted_inter_nbytes else "",
+            *([f"{rates[name]['tflops']:.4g}", f"{rates[name]['mfu']:.1%}"] if has_mfu else []),
             record.parity,
         )
     Console(width=150).print(table)
 
 
 def faults(contestants: list[Contestant], records: dict[str, Record]) -> list[str]:
-    """Contestants whose parity is not what it must be."""
+    """Contestants whose parity is not what it must be. Of a peer that may fail it is a result."""
     found = []
     for contestant in contestants:
+        if contestant.may_fail:
+            continue
         parity = records[contestant.name].parity
         if parity != "not checked" and (parity == "exact") != contestant.has_parity:
             expected = "parity" if contestant.has_parity else "no parity"
@@ -216,29 +318,48 @@ def faults(contestants: list[Contestant], records: dict[str, Record]) -> list[st
     return found
 
 
-def main() -> int:
-    """Runs the contest; 1 when a contestant trains something else than one process."""
+def main() -> None:
+    """Runs the contest; ends with 1 when a contestant trains something else than one process."""
     arguments = parse_arguments()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    if arguments.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo" if arguments.device == "cpu" else "cpu:gloo,cuda:nccl")
     task = Task(arguments)
+    policy = None
+    if arguments.dtype != "float32":
+        dtype = getattr(torch, arguments.dtype)
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    setting = Setting(
+        arguments.device,
+        policy,
+        lambda model: task.optimizer(model, is_ours=False),
+        arguments.micro_steps,
+    )
     single = reference(task, arguments)
     contestants = []
     for name in arguments.strategy:
-        contestant = make_contestant(name, task.model)
-        contestant.optimizer = task.optimizer(contestant.model, contestant.is_ours)
+        contestant = make_contestant(name, task.model, setting)
+        if contestant.optimizer is None:
+            contestant.optimizer = task.optimizer(contestant.model, contestant.is_ours)
         contestants.append(contestant)
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     contest = Contest(contestants, task.loss, arguments.micro_steps, ranks_per_node)
-    for step in range(WARM_UPS + arguments.steps):
-        contest.turn(step, is_timed=step >= WARM_UPS)
+    warm_ups = 1 if task.is_virtual else WARM_UPS
+    for step in range(warm_ups + arguments.steps):
+        contest.turn(step, is_timed=step >= warm_ups)
         if dist.get_rank() == 0:
-            print(f"step {step + 1} of {WARM_UPS + arguments.steps}", file=sys.stderr, flush=True)
+            print(f"step {step + 1} of {warm_ups + arguments.steps}", file=sys.stderr, flush=True)
     records = contest.finish(single)
     wrong = faults(contestants, records)
     if dist.get_rank() == 0:
         ratios = paired_ratios(records, arguments.base)
-        show(records, ratios, arguments.base)
+        rates = {
+            name: task.rates(statistics.median(record.seconds))
+            for name, record in records.items()
+            if not record.why_not
+        }
+        show(records, ratios, arguments.base, rates)
         if arguments.json is not None:
             options = {name: value for name, value in vars(arguments).items() if name != "json"}
             numbers = {
@@ -249,17 +370,15 @@ def main() -> int:
                 "parameter_nbytes": sum(4 * p.numel() for p in task.model().parameters()),
                 "reference_losses": None if single is None else single[0],
                 "records": {name: dataclasses.asdict(r) for name, r in records.items()},
+                "rates": rates,
+                "peak_nbytes": peak_nbytes(arguments.device),
                 "ratios": ratios,
             }
             arguments.json.write_text(json.dumps(numbers, indent=1) + "\n")
         for message in wrong:
             print(f"error: {message}", file=sys.stderr)
-    dist.destroy_process_group()
-    return 1 if wrong else 0
+    mics.exit_rank(1 if wrong else 0)  # here, where DDP's model still holds its process group
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # docs/errors.md#a-cpu-rank-aborts-at-its-end
+    main()

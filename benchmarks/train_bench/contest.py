@@ -33,6 +33,7 @@ class Record:
     link_nbytes: float | None = None  # median of the steps; None where there is no such interface
     loopback_nbytes: float | None = None
     parity: str = "not checked"
+    why_not: str = ""  # the message of what did not run
 
 
 def sent_nbytes(interface: str) -> int | None:
@@ -66,6 +67,11 @@ def one_process(
     return losses, norms
 
 
+def first_line(error: Exception) -> str:
+    """What a record keeps of an error."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 def _over_ranks(values: list[float], how: Any) -> list[float]:
     """The largest or the sum over all ranks, of each."""
     tensor = torch.tensor(values, dtype=torch.float64)
@@ -92,13 +98,24 @@ class Contest:
         self._micro_steps = micro_steps
         self._ranks_per_node = ranks_per_node
         self._links: dict[str, list[tuple[int | None, int | None]]] = {}
-        self.records = {contestant.name: Record() for contestant in contestants}
+        self._device = next(contestants[0].model.parameters()).device
+        self.records = {
+            contestant.name: Record(why_not=contestant.why_not) for contestant in contestants
+        }
 
     def turn(self, step: int, is_timed: bool) -> None:
         """One step of every contestant, another first each time. Collective."""
         first = step % len(self._contestants)
         for contestant in self._contestants[first:] + self._contestants[:first]:
-            self._step(contestant, step, is_timed)
+            if self.records[contestant.name].why_not:
+                continue
+            try:
+                self._step(contestant, step, is_timed)
+            except Exception as error:
+                if step > 0 or not contestant.may_fail:
+                    raise
+                # What a peer cannot do, it cannot do on any rank.
+                self.records[contestant.name].why_not = first_line(error)
 
     def _step(self, contestant: Contestant, step: int, is_timed: bool) -> None:
         record = self.records[contestant.name]
@@ -106,15 +123,16 @@ class Contest:
         dist.barrier()
         before = sent_nbytes("e0"), sent_nbytes("lo")
         start, cpu_start = time.perf_counter(), time.process_time()
-        total = torch.zeros(())
+        total = torch.zeros((), device=self._device)
         for micro_step in range(self._micro_steps):
             with contestant.micro_step(micro_step == self._micro_steps - 1):
                 loss = self._loss(contestant.model, step, micro_step, dist.get_rank())
-                (loss / self._micro_steps).backward()
+                contestant.backward(loss, self._micro_steps)
             total += loss.detach()
         norm = None if is_timed else contestant.gradient_norm()
-        contestant.optimizer.step()
-        contestant.optimizer.zero_grad()
+        contestant.step()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
         dist.barrier()
         after = sent_nbytes("e0"), sent_nbytes("lo")
@@ -137,6 +155,8 @@ class Contest:
         """Joins what all ranks measured, and compares with one process. Collective."""
         for contestant in self._contestants:
             record = self.records[contestant.name]
+            if record.why_not:
+                continue
             record.seconds = _over_ranks(record.seconds, dist.ReduceOp.MAX)
             record.cpu = _over_ranks(record.cpu, dist.ReduceOp.SUM)
             record.counted_intra_nbytes, record.counted_inter_nbytes = sum_over_node(

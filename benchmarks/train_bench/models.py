@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 MASK = 0  # the token that stands for a hidden one
 HIDDEN = 0.15  # share of tokens that BERT predicts
@@ -25,6 +26,17 @@ class Shape:
     vocabulary: int = 2048
     length: int = 64
     rows: int = 1
+    recompute: bool = False  # keep only the input of each block for backward
+
+    def flops(self, recompute: bool) -> float:
+        """FLOP of one sample's forward and backward, by the formula of the MiCS paper (section 5).
+
+        Its 96 l L h^2 (1 + l/6h + V/16Lh) has every block's forward twice; 72 and V/12Lh have it once.
+        """
+        length, width, layers = self.length, self.width, self.layers
+        blocks = (96 if recompute else 72) * length * layers * width**2
+        head = self.vocabulary / ((16 if recompute else 12) * layers * width)
+        return blocks * (1 + length / (6 * width) + head)
 
 
 class Block(nn.Module):
@@ -49,21 +61,33 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
+class Embedding(nn.Embedding):
+    """Small values, for the head is tied to it."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+
+
 class Transformer(nn.Module):
     """Token and position embeddings, blocks, and a head tied to the embedding."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(shape.vocabulary, shape.width)
-        self.positions = nn.Parameter(torch.zeros(shape.length, shape.width))
+        self.recompute = shape.recompute
+        self.tokens = Embedding(shape.vocabulary, shape.width)
+        self.positions = nn.Parameter(torch.empty(shape.length, shape.width))
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = nn.LayerNorm(shape.width)
-        nn.init.normal_(self.tokens.weight, std=0.02)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Of what it holds itself, as torch's modules do."""
+        nn.init.zeros_(self.positions)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         x = self.tokens(tokens) + self.positions
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
         logits = F.linear(self.norm(x), self.tokens.weight)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 

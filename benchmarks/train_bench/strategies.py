@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,6 +27,17 @@ from torch_mics.collectives import GroupCollectives
 SENT = ("sent_intra_nbytes", "sent_inter_nbytes")
 
 MakeModel = Callable[[bool], nn.Module]  # (without waiting)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Where contestants train, and in what precision."""
+
+    device: str = "cpu"
+    policy: MixedPrecisionPolicy | None = None  # FSDP2, HSDP and ours take one
+    # For those that must know them when they are made:
+    optimizer: Callable[[nn.Module], Any] | None = None
+    micro_steps: int = 1
 
 
 @dataclasses.dataclass
@@ -40,6 +51,17 @@ class Contestant:
     has_parity: bool = True  # trains as one process does
     is_ours: bool = False
     optimizer: Any = None
+    may_fail: bool = False  # its failure in the first step is a result
+    why_not: str = ""  # why it could not be made
+
+    def backward(self, loss: torch.Tensor, micro_steps: int) -> None:
+        """Of one micro-step."""
+        (loss / micro_steps).backward()
+
+    def step(self) -> None:
+        """Ends the step."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def counted(self) -> tuple[int, int]:
         """Bytes that this rank has sent inside nodes and across, by the library's counters."""
@@ -56,13 +78,13 @@ class Contestant:
 
     def gradient_norm(self) -> float:
         """Of the whole gradient. Collective."""
-        square = torch.zeros(())
+        square = torch.zeros((), dtype=torch.float64)
         for parameter in self.model.parameters():
             gradient = parameter.grad
             if gradient is None:
                 continue
             local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-            square += local.detach().double().square().sum()
+            square += local.detach().double().square().sum().cpu()
         dist.all_reduce(square)
         return math.sqrt(square.item() / self.copies)
 
@@ -107,19 +129,27 @@ def _ddp(name: str, model: nn.Module) -> Contestant:
     return Contestant(name, wrapped, micro_step, copies=dist.get_world_size())
 
 
-def _fsdp2(name: str, model: nn.Module, shard_size: int, variants: set[str]) -> Contestant:
+def _fsdp2(
+    name: str, model: nn.Module, shard_size: int, variants: set[str], setting: Setting
+) -> Contestant:
     world_size = dist.get_world_size()
     strategy = name.partition("@")[0].partition("/")[0]
     if shard_size == world_size:
-        mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("shard",))
+        mesh = init_device_mesh(setting.device, (world_size,), mesh_dim_names=("shard",))
     else:
         sizes = (world_size // shard_size, shard_size)
-        mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(setting.device, sizes, mesh_dim_names=("replicate", "shard"))
+    options: dict[str, Any] = {"mp_policy": setting.policy} if setting.policy else {}
     blocks = list(model.blocks)  # type: ignore[arg-type]
     for block in blocks:
         keeps = strategy == "fsdp2_best" and block is blocks[-1]
-        fully_shard(block, mesh=mesh, reshard_after_forward=not keeps)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, reshard_after_forward=not keeps, **options)
+    fully_shard(model, mesh=mesh, **options)
+    if _is_on_meta(model):
+        model.to_empty(device=setting.device)
+        for module in model.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
     root = model
     assert isinstance(root, FSDPModule)
     if strategy == "fsdp2_best":
@@ -127,7 +157,7 @@ def _fsdp2(name: str, model: nn.Module, shard_size: int, variants: set[str]) -> 
             block.set_modules_to_forward_prefetch(blocks[number + 1 : number + 3])
             block.set_modules_to_backward_prefetch(blocks[max(0, number - 2) : number][::-1])
     if "our_rs" in variants:
-        groups = GroupCollectives(mics.init_mesh(shard_size, device_type="cpu"))
+        groups = GroupCollectives(mics.init_mesh(shard_size, device_type=setting.device))
         for module in [*blocks, model]:
             module.set_custom_reduce_scatter(OurReduceScatter(groups))
 
@@ -142,14 +172,18 @@ def _fsdp2(name: str, model: nn.Module, shard_size: int, variants: set[str]) -> 
     return Contestant(name, model, micro_step, copies=world_size // shard_size)
 
 
-def _ours(name: str, model: nn.Module, shard_size: int) -> Contestant:
+def _is_on_meta(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def _ours(name: str, model: nn.Module, shard_size: int, setting: Setting) -> Contestant:
     strategy = name.partition("@")[0].partition("/")[0]
     mesh = mics.init_mesh(
         shard_size,
-        device_type="cpu",
+        device_type=setting.device,
         intra_backend="c10d" if strategy == "ours_gloo" else "auto",
     )
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"mp_policy": setting.policy}
     if strategy == "ours_flat":
         options["hierarchical_gather"] = False
     if strategy == "ours_residency":
@@ -158,24 +192,27 @@ def _ours(name: str, model: nn.Module, shard_size: int) -> Contestant:
         options["accumulate"] = "local"
     blocks = list(model.blocks)  # type: ignore[arg-type]
     mics.shard_model(model, units=blocks, mesh=mesh, **options)
+    if _is_on_meta(model):
+        mics.materialize(model)
 
     def micro_step(is_last: bool) -> contextlib.AbstractContextManager[None]:
-        return mics.microbatch(model, is_last=is_last)
+        return mics.microbatch(model, is_last=is_last or strategy == "ours_each")
 
     copies = dist.get_world_size() // shard_size
     return Contestant(name, model, micro_step, copies=copies, is_ours=True)
 
 
-def _control(name: str, model: nn.Module) -> Contestant:
+def _control(name: str, model: nn.Module, setting: Setting) -> Contestant:
     """Sums where means are right: the parity check must see it."""
-    found = _ours(name, model, dist.get_world_size())
+    found = _ours(name, model, dist.get_world_size(), setting)
     found.model.set_gradient_divide_factor(1.0)  # type: ignore[operator]
     return dataclasses.replace(found, has_parity=False)
 
 
-OURS = ("ours", "ours_flat", "ours_gloo", "ours_nosync", "ours_residency")
+OURS = ("ours", "ours_each", "ours_flat", "ours_gloo", "ours_nosync", "ours_residency")
 PEERS = ("fsdp2", "fsdp2_best", "fsdp2_nosync", "hsdp", "hsdp_deferred", "hsdp_nosync")
-STRATEGIES = ("none", "ddp", *PEERS, *OURS, "control")
+DEEPSPEED = ("deepspeed_zero3", "deepspeed_mics")
+STRATEGIES = ("none", "ddp", *PEERS, *DEEPSPEED, *OURS, "control")
 VARIANTS = ("our_rs", "communication")
 
 
@@ -185,7 +222,7 @@ def check_name(name: str, world_size: int) -> str | None:
     strategy, has_size, size = strategy.partition("@")
     if strategy not in STRATEGIES:
         return f"strategy must be one of {', '.join(STRATEGIES)}: got {strategy!r} in {name!r}."
-    needs_size = strategy in OURS or strategy.startswith("hsdp")
+    needs_size = strategy in (*OURS, "deepspeed_mics") or strategy.startswith("hsdp")
     if needs_size != bool(has_size):
         return f"{strategy!r} is written {'with' if needs_size else 'without'} @P: got {name!r}."
     if needs_size and (not size.isdigit() or int(size) < 1 or world_size % int(size)):
@@ -198,7 +235,7 @@ def check_name(name: str, world_size: int) -> str | None:
     return None
 
 
-def make_contestant(name: str, make_model: MakeModel) -> Contestant:
+def make_contestant(name: str, make_model: MakeModel, setting: Setting) -> Contestant:
     """Builds the contestant of a valid name. Collective."""
     head, *variants = name.split("/")
     strategy, _, size = head.partition("@")
@@ -208,8 +245,12 @@ def make_contestant(name: str, make_model: MakeModel) -> Contestant:
     if strategy == "ddp":
         return _ddp(name, model)
     if strategy == "control":
-        return _control(name, model)
+        return _control(name, model, setting)
+    if strategy in DEEPSPEED:
+        from deepspeed_strategies import make_deepspeed
+
+        return make_deepspeed(name, model, int(size) if size else None, setting)
     shard_size = int(size) if size else dist.get_world_size()
     if strategy in OURS:
-        return _ours(name, model, shard_size)
-    return _fsdp2(name, model, shard_size, set(variants))
+        return _ours(name, model, shard_size, setting)
+    return _fsdp2(name, model, shard_size, set(variants), setting)

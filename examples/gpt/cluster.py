@@ -102,11 +102,6 @@ class Cluster:
         """Counts the distinct host names."""
         return len(set(self.gather(socket.gethostname())))
 
-    def close(self) -> None:
-        """Leaves the process group, if there is one."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
 
 def open_cluster(device: str) -> Cluster:
     """Joins the process group torchrun describes; without a launcher, a world of one.

@@ -8,6 +8,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy  # noqa: 
 
 from torch_mics import checkpoint, collectives, optim  # noqa: E402
 from torch_mics._C import CommError, InternalError, TimeoutError  # noqa: E402
+from torch_mics._exit_rank import exit_rank  # noqa: E402
 from torch_mics._flight import (  # noqa: E402
     export_chrome_trace,
     export_flight_recorder,
@@ -55,6 +56,7 @@ __all__ = [
     "clip_grad_norm_",
     "collectives",
     "describe",
+    "exit_rank",
     "export_chrome_trace",
     "export_flight_recorder",
     "exposed",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
 import dataclasses
@@ -214,6 +215,9 @@ def command_problems(command: str) -> list[str]:
         "pip": _pip_problems,
         "ctest": _ctest_problems,
         "cmake": _cmake_problems,
+        "sbatch": _sbatch_problems,
+        "kubectl": _kubectl_problems,
+        "pcluster": _pcluster_problems,
     }
     if not words or words[0] not in checks:
         return [*problems, "is of a kind that test_docs.py cannot check"]
@@ -245,6 +249,30 @@ def _torchrun_problems(words: list[str]) -> list[str]:
     if parsed.module:
         return _python_problems(["-m", parsed.training_script, *parsed.training_script_args])
     return _run_problems(parsed.training_script, parsed.training_script_args)
+
+
+def _sbatch_problems(words: list[str]) -> list[str]:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--nodes", type=int)
+    parser.add_argument("file")
+    parser.add_argument("script")
+    try:
+        parsed, arguments = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        return [f"sbatch: {error}"]
+    return _script_problems([parsed.file]) + _run_problems(parsed.script, arguments)
+
+
+def _kubectl_problems(words: list[str]) -> list[str]:
+    if len(words) == 3 and words[:2] == ["apply", "-f"]:
+        return _file_problems(words[2])
+    return [f"kubectl {words} is unknown to test_docs.py"]
+
+
+def _pcluster_problems(words: list[str]) -> list[str]:
+    if words[:2] == ["create-cluster", "--cluster-name"] and words[3] == "--cluster-configuration":
+        return _file_problems(words[4])
+    return [f"pcluster {words} is unknown to test_docs.py"]
 
 
 def _run_problems(script: str, arguments: list[str]) -> list[str]:
@@ -417,6 +445,10 @@ def test_readme_has_the_two_commands():
         ("ctest --test-dir .build/release -R nccl_tests", "no ctest matches"),
         ("ctest --test-dir .build/debug", "makes no tree"),
         ("make test", "cannot check"),
+        ("sbatch --nodes 2 examples/launch/slurm.sh a.py", "there is no examples/launch/slurm.sh"),
+        ("sbatch examples/launch/slurm.sbatch a.py", "there is no a.py"),
+        ("kubectl apply -f eks.yaml", "there is no eks.yaml"),
+        ("kubectl delete -f examples/launch/eks.yaml", "is unknown"),
         ("python benchmarks/emulated_cluster --speed 1 -- python a.py", "has no --speed"),
         ("python benchmarks/emulated_cluster -- python a.py", "there is no a.py"),
         ("python -m torch_mics validate --pages a.md", "torch_mics refuses"),

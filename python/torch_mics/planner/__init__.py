@@ -7,6 +7,7 @@ are fed with, calibrations and published runs, and what is made of their numbers
 from torch_mics.planner._bytes import predicted_bytes
 from torch_mics.planner._calibration import Calibration, load_calibration
 from torch_mics.planner._plan import Plan, plan
+from torch_mics.planner._published import published_shapes
 from torch_mics.planner._step_report import StepReport
 from torch_mics.planner._watch import StepWatch, report_after
 
@@ -18,5 +19,6 @@ __all__ = [
     "load_calibration",
     "plan",
     "predicted_bytes",
+    "published_shapes",
     "report_after",
 ]

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from torch_mics._exchange import exchange
+from torch_mics._exit_rank import exit_rank
 from torch_mics.planner._calibrate import calibrate, measured_table
 from torch_mics.planner._calibration import (
     Calibration,
@@ -117,10 +118,8 @@ def _process_group() -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group()
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    exit_rank()
 
 
 def _agreed_base(options: argparse.Namespace) -> Calibration:

@@ -52,16 +52,22 @@ def published_runs() -> tuple[Run, ...]:
 
 
 @cache
+def published_shapes() -> dict[str, _C.TransformerShape]:
+    """Gives the shapes of the published models by name."""
+    return {name: _C.TransformerShape(**shape) for name, shape in published()["models"].items()}
+
+
+@cache
 def published_model(name: str) -> _C.Workload:
     """Gives a published model's workload.
 
     Raises:
         ValueError: no such model.
     """
-    models = published()["models"]
-    if name not in models:
-        raise ValueError(f"a model must be a published one: got {name!r}. Use {', '.join(models)}.")
-    return _C.transformer_workload(_C.TransformerShape(**models[name]))
+    shapes = published_shapes()
+    if name not in shapes:
+        raise ValueError(f"a model must be a published one: got {name!r}. Use {', '.join(shapes)}.")
+    return _C.transformer_workload(shapes[name])
 
 
 def in_buckets(workload: _C.Workload, numel: float) -> _C.Workload:

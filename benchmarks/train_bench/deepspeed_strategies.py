@@ -1,0 +1,84 @@
+"""DeepSpeed as a contestant: ZeRO-3, and MiCS in the versions that have it.
+
+It is no dependency: `pip install --no-build-isolation wheel deepspeed`. What does not run is recorded with
+its message and leaves the contest, so that the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from strategies import Contestant, Setting
+from torch import nn
+
+
+class DeepSpeedContestant(Contestant):
+    """Its engine has backward and step of its own."""
+
+    def backward(self, loss: torch.Tensor, micro_steps: int) -> None:
+        """The engine counts micro-steps itself and divides by their number."""
+        self.model.backward(loss)  # type: ignore[operator]
+        if not self.model.is_gradient_accumulation_boundary():  # type: ignore[operator]
+            self.model.step()  # type: ignore[operator]
+
+    def step(self) -> None:
+        self.model.step()  # type: ignore[operator]
+
+    def gradient_norm(self) -> float:
+        """Of the whole gradient. Collective."""
+        from deepspeed.utils import safe_get_full_grad
+
+        square = 0.0
+        for parameter in self.model.parameters():
+            gradient = safe_get_full_grad(parameter)
+            if gradient is not None:
+                square += gradient.detach().double().square().sum().item()
+        return math.sqrt(square)
+
+
+def make_deepspeed(
+    name: str, model: nn.Module, shard_size: int | None, setting: Setting
+) -> Contestant:
+    """ZeRO-3, or MiCS over groups of `shard_size`. Collective."""
+    try:
+        engine = _make_engine(model, shard_size, setting)
+    except Exception as error:  # noqa: BLE001: whatever a peer raises is what is recorded
+        message = f"{type(error).__name__}: {error}".splitlines()[0]
+        return Contestant(name, model, _nothing, copies=1, why_not=message)
+
+    copies = dist.get_world_size() // (shard_size or dist.get_world_size())
+    return DeepSpeedContestant(name, engine, _nothing, copies=copies, may_fail=True)
+
+
+@contextlib.contextmanager
+def _nothing(is_last: bool) -> Iterator[None]:
+    yield
+
+
+def _make_engine(model: nn.Module, shard_size: int | None, setting: Setting) -> Any:
+    import deepspeed
+
+    zero: dict[str, Any] = {"stage": 3}
+    if shard_size is not None:
+        from deepspeed.runtime.zero.mics import MiCS_Init
+
+        zero |= {"mics_shard_size": shard_size, "mics_hierarchical_params_gather": False}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": setting.micro_steps,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if shard_size is not None:
+        MiCS_Init(module=model, config_dict_or_path=config, dtype=torch.float32)
+    assert setting.optimizer is not None
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=setting.optimizer(model), config=config, dist_init_required=False
+    )
+    return engine
