@@ -25,7 +25,9 @@ EXTRAS = {
     "plan": ["rich", "matplotlib"],
     "examples": ["jsonargparse", "rich", "tokenizers", "matplotlib"],
     "hf": ["safetensors", "transformers"],
+    "peers": ["deepspeed==0.18.9"],  # of benchmarks/train_bench; the last with MiCS
     "dev": [
+        "pyyaml",
         "pytest",
         "pytest-timeout",
         "hypothesis",
