@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from results import portable, render
+from results import CALIBRATION, portable, render
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -89,8 +89,10 @@ CELLS = {
         )
         for steps in (1, 2, 4, 8)
     },
-    **{f"weak_scaling_{nodes}": _weak(nodes) for nodes in (1, 2, 4, 8)},
+    **{f"weak_scaling_{nodes}": _weak(nodes) for nodes in (1, 2, 4, MOST_NODES)},
 }
+# What the planner must know of the cluster of the weak scaling: collectives of a layer, half and double.
+CALIBRATE = ("--base", "p3dn", "--sizes", "1000000", "2000000", "4000000")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -115,10 +117,30 @@ def command(cell: Cell, data: Path, name: str) -> list[str]:
     ]
 
 
+def calibrate(data: Path) -> None:
+    """Measures the collectives of the cluster that weak scaling runs on."""
+    _start(
+        [
+            *(sys.executable, str(HERE / "emulated_cluster"), "--nodes", str(MOST_NODES)),
+            *("--ranks-per-node", "4", "--rate", "100mbit", "--"),
+            *(sys.executable, "-m", "torch_mics", "calibrate", str(data / f"{CALIBRATION}.json")),
+            *(*CALIBRATE, "--name", "emulated"),
+        ],
+        data,
+        CALIBRATION,
+    )
+
+
 def run(cell: Cell, data: Path, name: str) -> None:
-    """Runs one launch; its output goes to a log beside the numbers when it fails."""
+    """Runs one launch."""
+    _start(command(cell, data, name), data, name)
+    make_portable(data, name)
+
+
+def _start(words: list[str], data: Path, name: str) -> None:
+    """Runs a command; its output goes to a log beside the numbers when it fails."""
     done = subprocess.run(
-        command(cell, data, name),
+        words,
         capture_output=True,
         text=True,
         check=False,
@@ -128,7 +150,6 @@ def run(cell: Cell, data: Path, name: str) -> None:
         log = data / f"{name}.log"
         log.write_text(done.stdout + done.stderr)
         raise SystemExit(f"{name} ended with status {done.returncode}; its output is in {log}")
-    make_portable(data, name)
 
 
 def make_portable(data: Path, name: str) -> None:
@@ -154,6 +175,9 @@ def main() -> None:
         ),
         *(TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()),
     )
+    needs_calibration = any(name.startswith("weak_scaling") for name in arguments.only)
+    if needs_calibration and not arguments.render and not (data / f"{CALIBRATION}.json").exists():
+        calibrate(data)
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=0 if arguments.render else len(missing))
         for name, cell in [] if arguments.render else missing:

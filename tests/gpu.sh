@@ -35,4 +35,15 @@ build_package
 step "Tests on GPUs"
 "$PYTHON" -m pytest -c tests/pytest.ini -v -rs tests/python/test_gpu.py tests/python/test_nccl.py "$@"
 
+step "compute-sanitizer memcheck"
+if command -v compute-sanitizer >/dev/null; then
+  compute-sanitizer --tool memcheck --error-exitcode 1 \
+    "$PYTHON" -m pytest -c tests/pytest.ini -q tests/python/test_gpu.py
+else
+  echo "skipped: there is no compute-sanitizer on the path."
+fi
+
+step "One GPT on one GPU"
+"$PYTHON" benchmarks/single_gpu.py --json "${OUT:-.build}/single_gpu.json"
+
 steps_done

@@ -112,6 +112,7 @@ void Engine::end_phase() {
 
 // `unit` needs no gather for its next use: it is full, and will be when its module lets go of it.
 bool Engine::stays_full(int unit) const {
+  if (units_[static_cast<size_t>(unit)]->full_is_shard()) return true;
   if (!gathers_.is_kept_full(unit)) return false;
   if (!gathers_.is_held(unit)) return true;
   const ResidencySettings& residency = units_[static_cast<size_t>(unit)]->settings().residency;

@@ -1,6 +1,8 @@
 #include "mics/unit.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/_foreach_copy.h>
+#include <ATen/ops/_foreach_zero.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/GradMode.h>
@@ -36,8 +38,10 @@ ShardLayout layout_of(const UnitOptions& options, bool only_trainable) {
                      layout_alignment(options.parameter_dtype, options.reduce_dtype));
 }
 
-// One rank and one dtype: the shard has every row where the full parameters want it.
+// One rank and one dtype: the shard has every row where the full parameters want it. So it has where
+// there are none.
 bool is_full(const ShardLayout& layout, const UnitOptions& options) {
+  if (layout.full_numel() == 0) return true;
   if (options.partition_size != 1 || options.shard.scalar_type() != options.parameter_dtype ||
       layout.full_numel() != layout.shard_numel()) {
     return false;
@@ -105,7 +109,8 @@ bool Unit::matches_requires_grad() const {
 }
 
 bool Unit::has_block() const {
-  return num_nodes() > 1 || (options_.shard.scalar_type() != options_.parameter_dtype);
+  if (full_is_shard_) return false;
+  return num_nodes() > 1 || options_.shard.scalar_type() != options_.parameter_dtype;
 }
 
 int64_t Unit::block_nbytes() const {
@@ -178,6 +183,9 @@ std::vector<at::Tensor> Unit::take_full_gradients(const std::function<at::Tensor
   }
   const at::Tensor packed = packed_numel == 0 ? at::Tensor() : pack(packed_numel);
   int64_t offset = 0;
+  std::vector<at::Tensor> gaps;
+  std::vector<at::Tensor> places;
+  std::vector<at::Tensor> gradients;
   for (int i = 0; i < num_trainable(); ++i) {
     const auto index = static_cast<size_t>(trainable_[static_cast<size_t>(i)]);
     const ParameterLayout& parameter = gradient_layout_.parameter(i);
@@ -193,10 +201,18 @@ std::vector<at::Tensor> Unit::take_full_gradients(const std::function<at::Tensor
     const at::Tensor region = packed.narrow(0, offset, parameter.region_numel);
     offset += parameter.region_numel;
     const int64_t numel = gradient.defined() ? parameter.numel() : 0;
-    if (gradient.defined()) region.narrow(0, 0, numel).view(gradient.sizes()).copy_(gradient);
-    region.narrow(0, numel, parameter.region_numel - numel).zero_();
+    if (numel < parameter.region_numel) {
+      gaps.push_back(region.narrow(0, numel, parameter.region_numel - numel));
+    }
+    if (gradient.defined()) {
+      places.push_back(region.narrow(0, 0, numel).view(gradient.sizes()));
+      gradients.push_back(std::move(gradient));
+    }
     regions.push_back(region);
   }
+  // One call for all: on a GPU one kernel casts and packs the gradients of a unit.
+  if (!gaps.empty()) at::_foreach_zero_(gaps);
+  if (!places.empty()) at::_foreach_copy_(places, gradients);
   return regions;
 }
 

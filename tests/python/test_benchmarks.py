@@ -163,3 +163,47 @@ def test_names_that_are_wrong_are_refused(name: str, message: str):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+# --- single_gpu -----------------------------------------------------------------------------------
+
+
+def test_single_device_compares_what_trains_alike(tmp_path: Path):
+    file = tmp_path / "numbers.json"
+    sizes = (
+        "--layers",
+        "2",
+        "--width",
+        "32",
+        "--heads",
+        "2",
+        "--vocabulary",
+        "64",
+        "--length",
+        "8",
+    )
+    how = ("--device", "cpu", "--steps", "2", "--rounds", "1", "--instance", "p4d")
+    printed = run("single_gpu.py", *sizes, *how, "--json", str(file))
+    assert "one GPT on one cpu, world size 1" in printed
+    numbers = json.loads(file.read_text())
+    found = numbers["summary"]
+    assert list(found) == ["plain", "fsdp2", "ours"]
+    assert found["ours"]["last_loss"] == pytest.approx(found["fsdp2"]["last_loss"], rel=1e-3)
+    assert found["ours"]["last_loss"] == pytest.approx(found["plain"]["last_loss"], rel=1e-2)
+    for name, line in found.items():
+        assert len(numbers["rounds"][name][0]["seconds"]) == 2
+        assert line["tokens_per_s"] == pytest.approx(4 * 8 / line["seconds"])
+        assert 0 < line["mfu"] < 1
+        assert line["peak_nbytes"] > 0
+        assert (line["exposed_seconds"] is None) == (name != "ours")
+
+
+def test_single_device_says_what_is_wrong():
+    for arguments, message in (
+        (("--device", "cpu", "--rounds", "0"), "--rounds must be at least 1: got 0."),
+        (("--device", "cpu", "--heads", "3"), "--width must be a multiple of --heads."),
+    ):
+        command = [sys.executable, str(ROOT / "benchmarks" / "single_gpu.py"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 2
+        assert message in done.stderr

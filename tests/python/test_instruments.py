@@ -98,13 +98,15 @@ def test_exposed_time_is_what_a_late_rank_costs_the_others(world):
 
 
 @on_ranks()
-def test_profiler_sees_the_waits(world):
+def test_profiler_sees_launches_and_waits(world):
     model = shard(world, make(Stack))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         value_of(model, world.rank).backward()
     names = {event.key for event in profiler.key_averages()}
     assert "torch_mics: gather of layers.1" in names
     assert "torch_mics: reduction of layers.1" in names
+    assert "torch_mics: launch of gather/intra of layers.1" in names
+    assert "torch_mics: launch of reduce/intra of layers.1" in names
 
 
 @on_ranks()
@@ -133,3 +135,55 @@ def test_repr_says_how_a_unit_is_sharded(world):
     assert "in_features=6, out_features=5, bias=True, mics: 2 parameters" in repr(linear)
     with pytest.raises(TypeError, match="sharded"):
         mics.describe(make(Stack))
+
+
+class Bare(nn.Module):
+    """A root that holds nothing but units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Holding(Bare):
+    """The same with a parameter of its own, which is in use from the first layer to the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * self.scale)
+
+
+@on_ranks(cases=(Bare, Holding))
+def test_what_comes_next_is_gathered_beside_compute(world, kind):
+    model = shard(world, make(kind))
+    asked: dict[str, set[str]] = {}  # units of this step's gathers when a layer begins to compute
+
+    def gathers() -> dict[tuple[str, int], str]:
+        log = mics.flight_log(model)
+        return {(e["group"], e["number"]): e["unit"] for e in log if "gather" in e["group"]}
+
+    for step in range(3):
+        known = gathers() if step else {}
+        hooks = []
+        for name, layer in model.named_modules():
+            if isinstance(layer, nn.Linear) and step == 2:
+
+                def note(*_, name=name, known=known):
+                    new = gathers().items() - known.items()
+                    asked[name] = {unit for (group, _), unit in new if "gather/intra" in group}
+
+                hooks.append(layer.register_forward_pre_hook(note))
+        model(torch.ones(2, 8)).sum().backward()
+        for hook in hooks:
+            hook.remove()
+    for layer in range(3):
+        assert f"layers.{layer + 1}" in asked[f"layers.{layer}"]
+    assert (kind.__name__ in set(gathers().values())) == (kind is Holding)  # nothing for nothing

@@ -6,6 +6,7 @@ are fed with, calibrations and published runs, and what is made of their numbers
 
 from torch_mics.planner._bytes import predicted_bytes
 from torch_mics.planner._calibration import Calibration, load_calibration
+from torch_mics.planner._chain import chain_seconds
 from torch_mics.planner._plan import Plan, plan
 from torch_mics.planner._published import published_shapes
 from torch_mics.planner._step_report import StepReport
@@ -16,6 +17,7 @@ __all__ = [
     "Plan",
     "StepReport",
     "StepWatch",
+    "chain_seconds",
     "load_calibration",
     "plan",
     "predicted_bytes",

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch_mics._environment import environment
 from torch_mics.planner._cli_calibrate import add_calibrate
 from torch_mics.planner._cli_model import add_model, add_search, plan_of
 from torch_mics.planner._cli_simulate import add_simulate
@@ -31,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_simulate(commands)
     add_calibrate(commands)
     _add_validate(commands)
+    _add_env(commands)
     return parser
 
 
@@ -70,6 +72,25 @@ def _run_plan(options: argparse.Namespace) -> None:
         for table in explanation(found):
             table.show()
     print(verdict(found))
+
+
+# --- env ------------------------------------------------------------------------------------------
+
+
+def _add_env(commands: Any) -> None:
+    command = commands.add_parser("env", help="print what a report of a problem needs to know")
+    command.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    command.set_defaults(run=_run_env)
+
+
+def _run_env(options: argparse.Namespace) -> None:
+    found = environment()
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return
+    width = max(map(len, found))
+    for name, value in found.items():
+        print(f"{name:{width}}  {value}")
 
 
 # --- validate -------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ def _process_group() -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
-    if not dist.is_torchelastic_launched():
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         raise ValueError(
             "a measurement needs the ranks of the cluster: got a single process. Start it with torchrun, "
             "or pass --from-nccl-tests."
