@@ -160,8 +160,7 @@ void note_pairs(const std::vector<TensorPair>& pairs, Stream& stream) {
 // profiler it costs a look at a flag.
 class LaunchRange {
  public:
-  LaunchRange(const GroupInfo& group, std::string_view unit)
-      : range_(at::RecordScope::USER_SCOPE) {
+  LaunchRange(const GroupInfo& group, std::string_view unit) : range_(at::RecordScope::USER_SCOPE) {
     if (!range_.isActive()) return;
     std::string name = "torch_mics: launch of " + group.name;
     if (!unit.empty()) name.append(" of ").append(unit);

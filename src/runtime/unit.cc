@@ -38,8 +38,8 @@ ShardLayout layout_of(const UnitOptions& options, bool only_trainable) {
                      layout_alignment(options.parameter_dtype, options.reduce_dtype));
 }
 
-// One rank and one dtype: the shard has every row where the full parameters want it. So it has where
-// there are none.
+// One rank and one dtype: the shard has every row where the full parameters want it. So it has
+// where there are none.
 bool is_full(const ShardLayout& layout, const UnitOptions& options) {
   if (layout.full_numel() == 0) return true;
   if (options.partition_size != 1 || options.shard.scalar_type() != options.parameter_dtype ||
