@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from contest import first_line
 from strategies import Contestant, Setting
 from torch import nn
 
@@ -47,12 +48,13 @@ def make_deepspeed(
     """ZeRO-3, or MiCS over groups of `shard_size`. Collective."""
     try:
         engine = _make_engine(model, shard_size, setting)
-    except Exception as error:  # noqa: BLE001: whatever a peer raises is what is recorded
-        message = f"{type(error).__name__}: {error}".splitlines()[0]
-        return Contestant(name, model, _nothing, copies=1, why_not=message)
+    except Exception as error:  # whatever a peer raises is what is recorded
+        return Contestant(name, model, _nothing, copies=1, why_not=first_line(error))
 
     copies = dist.get_world_size() // (shard_size or dist.get_world_size())
-    return DeepSpeedContestant(name, engine, _nothing, copies=copies, may_fail=True)
+    return DeepSpeedContestant(
+        name, engine, _nothing, copies=copies, may_fail=True, optimizer=engine.optimizer
+    )
 
 
 @contextlib.contextmanager
