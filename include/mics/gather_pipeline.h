@@ -48,6 +48,12 @@ class GatherPipeline {
   // was written since the last call.
   void order_after_shard_writes();
 
+  // What is kept of the unit is not used again, and what starts from here on waits for compute, as
+  // after a write that version counters saw. For a boundary: the optimizer comes next, and a rank
+  // without a row of the unit may have nothing to write, nor a kernel of its own a counter to move;
+  // but all ranks must gather alike.
+  void expect_write(int unit);
+
   // False, and nothing is done: no memory is free and `may_grow` is not set.
   bool start_rail(int unit, bool may_grow);
   bool start_intra(int unit, bool may_grow);
@@ -80,12 +86,13 @@ class GatherPipeline {
     const void* block = nullptr;
     std::vector<TensorPair> pairs;
   };
+  static constexpr int64_t kNoVersion = -1;  // no shard ever has it
   struct State {
     Slot* full = nullptr;
     Slot* block = nullptr;
     std::optional<int64_t> full_version;  // of the shard that was gathered; nullopt: nothing
     std::optional<int64_t> block_version;
-    int64_t ordered_version = -1;  // gathers wait for compute's writes up to it
+    int64_t ordered_version = kNoVersion;  // gathers wait for compute's writes up to it
     bool is_held = false;
     bool is_retained = false;  // not to be dropped as unused
     bool is_awaited = false;   // compute has waited for this gather

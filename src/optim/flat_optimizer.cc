@@ -49,6 +49,11 @@ class BlockScratch {
   at::Tensor memory_;
 };
 
+// What version counters tell must be the same on every rank, so a run without elements counts too.
+void note_write(const at::Tensor& parameter) {
+  if (parameter.numel() == 0) parameter.unsafeGetTensorImpl()->bump_version();
+}
+
 void check_lengths(const at::Tensor& parameter, std::initializer_list<at::Tensor> others) {
   for (const at::Tensor& other : others) {
     MICS_CHECK(!other.defined() || (other.dim() == 1 && other.numel() == parameter.numel()),
@@ -144,6 +149,7 @@ void adamw_step(const std::vector<AdamWRun>& runs, const std::vector<double>& st
     check_lengths(run.parameter,
                   {run.parameter, run.gradient, run.exp_avg, run.exp_avg_sq, run.max_exp_avg_sq});
     numbers.set_step(steps[i], options);
+    note_write(run.parameter);
     const int64_t numel = run.parameter.numel();
     const int64_t block_numel = block_numel_of(run.parameter);
     for (int64_t begin = 0; begin < numel; begin += block_numel) {
@@ -166,6 +172,7 @@ void sgd_step(const std::vector<SgdRun>& runs, const std::vector<bool>& is_first
   for (size_t i = 0; i < runs.size(); ++i) {
     const SgdRun& run = runs[i];
     check_lengths(run.parameter, {run.parameter, run.gradient, run.momentum_buffer});
+    note_write(run.parameter);
     const int64_t numel = run.parameter.numel();
     const int64_t block_numel = block_numel_of(run.parameter);
     for (int64_t begin = 0; begin < numel; begin += block_numel) {

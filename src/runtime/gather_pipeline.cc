@@ -44,6 +44,13 @@ void GatherPipeline::order(int index, int64_t version) {
   if (state(index).ordered_version != version) order_after_shard_writes();
 }
 
+void GatherPipeline::expect_write(int index) {
+  State& kept = state(index);
+  if (kept.full_version.has_value()) kept.full_version = kNoVersion;
+  if (kept.block_version.has_value()) kept.block_version = kNoVersion;
+  kept.ordered_version = kNoVersion;
+}
+
 bool GatherPipeline::take_block(int index, bool may_grow) {
   State& taken = state(index);
   if (taken.block != nullptr) return true;
