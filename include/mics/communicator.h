@@ -109,6 +109,19 @@ class Communicator {
     return make_inline_stream();
   }
 
+  // Lets go of the tensors of operations that are over, which a later call would do.
+  virtual void release_finished() {}
+
+  // Memory [nbytes], bytes, of the kind that the backend moves best; undefined where torch's own is
+  // as good. It outlives the communicator.
+  [[nodiscard]] virtual at::Tensor allocate(int64_t /*nbytes*/) { return {}; }
+  // Prepares the backend for operations within `memory`, which allocate() gave, until the handle
+  // that it returns goes; null where there is nothing to prepare. Every member calls it, with
+  // memory of the same size, and nothing may be under way then, nor when the handle goes.
+  [[nodiscard]] virtual std::shared_ptr<void> register_memory(const at::Tensor& /*memory*/) {
+    return nullptr;
+  }
+
   // Memory that the backend keeps for moving messages: grows to the largest one.
   [[nodiscard]] virtual int64_t staging_nbytes() const { return 0; }
 

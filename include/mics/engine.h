@@ -91,7 +91,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // Frees the runtime's memory until the next gather, with what was kept in it.
   // Throws InvalidArgument during an accumulation, or while a module holds full parameters.
   void release_memory();
-  // Plans the memory, if it is not there. For reports before the first step.
+  // Plans the memory, if it is not there. For reports before the first step: no collective.
   const RuntimeMemory& memory();
   // Times that units were used in another order than recorded.
   [[nodiscard]] int64_t num_order_changes() const { return orders_.num_changes(); }
@@ -119,6 +119,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // What decides the plan of the memory.
   using MemoryKey = std::vector<std::array<bool, 3>>;
 
+  void plan_memory();
   void ensure_memory();
   [[nodiscard]] MemoryKey memory_key() const;
   void drop_memory();

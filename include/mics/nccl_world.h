@@ -41,6 +41,14 @@ namespace mics {
 class CudaApi;
 class NcclApi;
 
+// What NCCL may do with the memory that the runtime works in. None of it is on by default until it
+// has been measured.
+enum class NcclRegistration {
+  kNone,
+  kBuffers,  // ncclCommRegister: NCCL reads and writes it in place where its transport can
+  kWindows,  // symmetric windows: its symmetric kernels and copy engines can be used
+};
+
 struct NcclOptions {
   int rank = 0;
   int world_size = 1;
@@ -53,8 +61,12 @@ struct NcclOptions {
   // For all ranks to come to create(), and all members to make_communicator().
   std::chrono::milliseconds init_timeout{std::chrono::minutes(10)};
   std::chrono::milliseconds watch_interval{100};
-  int max_in_flight = 4;    // operations over all communicators; 0: no limit
-  int max_ctas = 0;         // of each communicator's kernels; 0: NCCL's choice
+  int max_in_flight = 4;  // operations over all communicators; 0: no limit
+  int max_ctas = 0;       // of each communicator's kernels; 0: NCCL's choice
+  NcclRegistration registration = NcclRegistration::kNone;  // the same on all ranks
+  // Gathers inside a node may go to copy engines, which leaves all SMs to compute. With windows;
+  // the same on all ranks.
+  bool copy_engine = false;
   bool is_blocking = true;  // false: NCCL's non-blocking mode, whose start can be given up
 };
 
@@ -73,8 +85,8 @@ class NcclWorld {
  public:
   // With the libraries that torch has loaded. `store` is that of this session alone (a
   // PrefixStore). Every rank calls it. Throws Error when a library, a device or the header at build
-  // is missing; InvalidArgument, on every rank, when ranks differ in NCCL's version or share a
-  // device; TimeoutError that names the ranks that did not come.
+  // is missing; InvalidArgument, on every rank, when ranks differ in NCCL's version or in options
+  // that must agree, or share a device; TimeoutError that names the ranks that did not come.
   [[nodiscard]] static std::shared_ptr<NcclWorld> create(
       const c10::intrusive_ptr<c10d::Store>& store, const NcclOptions& options);
   // With these.
@@ -87,7 +99,9 @@ class NcclWorld {
 
   // Called by each member. Throws TimeoutError that names the members that did not come, CommError.
   // It works without the world, which only close() needs. Destroying it before close() aborts it.
-  [[nodiscard]] virtual std::unique_ptr<Communicator> make_communicator(GroupInfo group) = 0;
+  // `only_gathers`: it will carry nothing else, so NcclOptions::copy_engine may be followed.
+  [[nodiscard]] virtual std::unique_ptr<Communicator> make_communicator(
+      GroupInfo group, bool only_gathers = false) = 0;
   // A stream of torch's pool.
   [[nodiscard]] virtual std::unique_ptr<Stream> make_stream(bool high_priority) = 0;
   // Whatever stream is torch's current one when it is used: the caller's compute.

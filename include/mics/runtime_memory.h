@@ -75,11 +75,18 @@ struct MemoryPart {
 
 class RuntimeMemory {
  public:
-  // Allocates. `events` makes the slots' events and outlives this. `num_flags`: int64 elements.
+  // Allocates; memory of the units' communicators where they have a kind of their own. `events`
+  // makes the slots' events and outlives this. `num_flags`: int64 elements.
   RuntimeMemory(const std::vector<std::shared_ptr<Unit>>& units, const Depths& depths,
                 Stream& events, int64_t num_flags);
   RuntimeMemory(const RuntimeMemory&) = delete;
   RuntimeMemory& operator=(const RuntimeMemory&) = delete;
+
+  // It came from the units' communicators, and they have not prepared for it.
+  [[nodiscard]] bool needs_registration() const { return is_of_backend_ && !is_registered_; }
+  // Lets them; see Communicator::register_memory. Nothing may be under way when the memory is
+  // destroyed.
+  void register_with(const std::vector<std::shared_ptr<Unit>>& units);
 
   [[nodiscard]] SlotPool& full_slots() { return full_slots_; }
   [[nodiscard]] SlotPool& block_slots() { return block_slots_; }
@@ -123,6 +130,7 @@ class RuntimeMemory {
   [[nodiscard]] at::Tensor fit(at::Tensor& memory, int64_t numel, at::ScalarType dtype);
 
   const at::Device device_;
+  at::Tensor whole_;
   SlotPool full_slots_;
   SlotPool block_slots_;
   std::vector<Home> homes_;
@@ -132,6 +140,9 @@ class RuntimeMemory {
   int64_t nbytes_ = 0;
   int64_t num_grown_ = 0;
   int64_t grown_nbytes_ = 0;
+  bool is_of_backend_ = false;
+  bool is_registered_ = false;
+  std::vector<std::shared_ptr<void>> registrations_;  // last: they go before the memory
 };
 
 }  // namespace mics

@@ -208,4 +208,8 @@ class Unit {
 // Elements to which chunks and regions are aligned: 16 bytes of the narrowest type that travels.
 [[nodiscard]] int64_t layout_alignment(at::ScalarType parameter_dtype, at::ScalarType reduce_dtype);
 
+// The communicators of the units' hops, each once, in an order that is the same on all ranks.
+[[nodiscard]] std::vector<Communicator*> hop_communicators(
+    const std::vector<std::shared_ptr<Unit>>& units);
+
 }  // namespace mics

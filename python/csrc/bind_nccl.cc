@@ -17,7 +17,9 @@ namespace {
 
 std::shared_ptr<NcclWorld> make_world(const c10::intrusive_ptr<c10d::Store>& store, int rank,
                                       int world_size, int device, std::string host,
-                                      std::chrono::milliseconds timeout) {
+                                      std::chrono::milliseconds timeout,
+                                      NcclRegistration registration, bool copy_engine,
+                                      int max_in_flight, int max_ctas) {
   NcclOptions options;
   options.rank = rank;
   options.world_size = world_size;
@@ -26,6 +28,10 @@ std::shared_ptr<NcclWorld> make_world(const c10::intrusive_ptr<c10d::Store>& sto
   options.timeout = timeout;
   options.start_timeout = 2 * timeout;
   options.init_timeout = timeout;
+  options.registration = registration;
+  options.copy_engine = copy_engine;
+  options.max_in_flight = max_in_flight;
+  options.max_ctas = max_ctas;
   return end_without_gil(NcclWorld::create(store, options));
 }
 
@@ -51,18 +57,26 @@ void bind_nccl(py::module_& module) {
       .def_readonly("problem", &NcclVersions::problem);
   module.def("nccl_versions", &nccl_versions, Release());
 
+  py::enum_<NcclRegistration>(module, "NcclRegistration")
+      .value("NONE", NcclRegistration::kNone)
+      .value("BUFFERS", NcclRegistration::kBuffers)
+      .value("WINDOWS", NcclRegistration::kWindows);
+
   py::class_<NcclWorld, std::shared_ptr<NcclWorld>>(module, "NcclWorld")
       .def(py::init(&make_world), py::arg("store"), py::kw_only(), py::arg("rank"),
-           py::arg("world_size"), py::arg("device"), py::arg("host"), py::arg("timeout"), Release())
+           py::arg("world_size"), py::arg("device"), py::arg("host"), py::arg("timeout"),
+           py::arg("registration"), py::arg("copy_engine"), py::arg("max_in_flight"),
+           py::arg("max_ctas"), Release())
       .def(
           "make_communicator",
           [](NcclWorld& self, std::string name, std::vector<int> world_ranks,
-             std::vector<int> nodes, int rank) {
+             std::vector<int> nodes, int rank, bool only_gathers) {
             return end_without_gil(std::shared_ptr<Communicator>(self.make_communicator(
-                {std::move(name), std::move(world_ranks), std::move(nodes), rank})));
+                {std::move(name), std::move(world_ranks), std::move(nodes), rank}, only_gathers)));
           },
           py::kw_only(), py::arg("name"), py::arg("world_ranks"), py::arg("nodes"), py::arg("rank"),
-          Release(), py::keep_alive<0, 1>())  // so that the end of the process finds the world
+          py::arg("only_gathers"), Release(),
+          py::keep_alive<0, 1>())  // so that the end of the process finds the world
       .def("make_streams", &make_streams, Release())
       .def("close", &NcclWorld::close, py::arg("patience"), Release())
       .def("notes", &NcclWorld::notes, Release());

@@ -412,6 +412,11 @@ class NcclVersions:
 
 def nccl_versions() -> NcclVersions: ...
 
+class NcclRegistration:
+    NONE: NcclRegistration
+    BUFFERS: NcclRegistration
+    WINDOWS: NcclRegistration
+
 class NcclWorld:
     def __init__(
         self,
@@ -422,9 +427,19 @@ class NcclWorld:
         device: int,
         host: str,
         timeout: datetime.timedelta,
+        registration: NcclRegistration,
+        copy_engine: bool,
+        max_in_flight: int,
+        max_ctas: int,
     ) -> None: ...
     def make_communicator(
-        self, *, name: str, world_ranks: Sequence[int], nodes: Sequence[int], rank: int
+        self,
+        *,
+        name: str,
+        world_ranks: Sequence[int],
+        nodes: Sequence[int],
+        rank: int,
+        only_gathers: bool,
     ) -> Communicator: ...
     def make_streams(self) -> RuntimeStreams: ...
     def close(self, patience: datetime.timedelta) -> None: ...

@@ -318,6 +318,7 @@ class Groups:
             world_ranks=ranks,
             nodes=[self.topology.node_of(rank) for rank in ranks],
             rank=ranks.index(dist.get_rank()),
+            only_gathers=name == "gather/intra",
         )
 
     def _over_process_group(self, name: str, groups: list[list[int]]) -> _C.Communicator:

@@ -7,13 +7,15 @@ import datetime
 import logging
 import os
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from torch_mics import _C
-from torch_mics._exchange import operation_timeout
+from torch_mics._exchange import check_same, operation_timeout
 
 # What is still under way when the process ends is waited for this long.
 _PATIENCE = datetime.timedelta(seconds=5)
@@ -42,6 +44,52 @@ def version_text(version: int) -> str:
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
+def _registration(text: str) -> _C.NcclRegistration:
+    return {
+        "none": _C.NcclRegistration.NONE,
+        "buffers": _C.NcclRegistration.BUFFERS,
+        "windows": _C.NcclRegistration.WINDOWS,
+    }[text]
+
+
+def _switch(text: str) -> bool:
+    return {"0": False, "1": True}[text]
+
+
+def _count(text: str) -> int:
+    if int(text) < 0:
+        raise ValueError
+    return int(text)
+
+
+# By name of the variable: the argument of NcclWorld, what is taken without the variable, how it is read,
+# and the rule for messages.
+_OPTIONS: dict[str, tuple[str, str, Callable[[str], Any], str]] = {
+    "MICS_NCCL_REGISTRATION": ("registration", "none", _registration, "none, buffers or windows"),
+    "MICS_NCCL_COPY_ENGINE": ("copy_engine", "0", _switch, "0 or 1"),
+    "MICS_NCCL_MAX_IN_FLIGHT": ("max_in_flight", "4", _count, "a number, 0 for no limit"),
+    "MICS_NCCL_MAX_CTAS": ("max_ctas", "0", _count, "a number, 0 for NCCL's choice"),
+}
+
+
+def options_from_environment() -> dict[str, Any]:
+    """Reads what is asked of NCCL, as arguments of NcclWorld. Collective.
+
+    Raises:
+        ValueError: on every rank: the variables differ between ranks, or one has another value.
+    """
+    texts = {variable: os.environ.get(variable) or None for variable in _OPTIONS}
+    check_same("the environment", texts)
+    options = {}
+    for variable, (argument, default, parse, rule) in _OPTIONS.items():
+        text = texts[variable] or default
+        try:
+            options[argument] = parse(text)
+        except (KeyError, ValueError):
+            raise ValueError(f"{variable} must be {rule}: got {text!r}.") from None
+    return options
+
+
 def make_world(host: str) -> _C.NcclWorld:
     """Makes this rank's world on torch's current device. Collective.
 
@@ -49,8 +97,10 @@ def make_world(host: str) -> _C.NcclWorld:
         host: names the host, not a simulated node. NCCL_HOSTID, which names it for NCCL, comes first.
 
     Raises:
-        ValueError: on every rank: ranks share a GPU, or run other versions of NCCL.
+        ValueError: on every rank: ranks share a GPU, run other versions of NCCL, or ask other things of
+            it.
     """
+    options = options_from_environment()
     rank = dist.get_rank()
     store = distributed_c10d._get_default_store()
     # Ranks make their worlds in the same order, so the number is the same on all.
@@ -62,6 +112,7 @@ def make_world(host: str) -> _C.NcclWorld:
         device=torch.cuda.current_device(),
         host=os.environ.get("NCCL_HOSTID") or host,
         timeout=operation_timeout(),
+        **options,
     )
     # The watchdog's thread must not outlive the libraries that it calls.
     atexit.register(_close, weakref.ref(world))

@@ -63,13 +63,21 @@ Engine::MemoryKey Engine::memory_key() const {
   return key;
 }
 
+void Engine::plan_memory() {
+  if (memory_ != nullptr) return;
+  memory_ =
+      std::make_unique<RuntimeMemory>(units_, depths_, *streams_->compute, agreement_.numel());
+  memory_key_ = memory_key();
+  gathers_.set_memory(memory_.get());
+  reduces_.set_memory(memory_.get());
+}
+
+// Where all ranks are, as the memory may have to be registered.
 void Engine::ensure_memory() {
-  if (memory_ == nullptr) {
-    memory_ =
-        std::make_unique<RuntimeMemory>(units_, depths_, *streams_->compute, agreement_.numel());
-    memory_key_ = memory_key();
-    gathers_.set_memory(memory_.get());
-    reduces_.set_memory(memory_.get());
+  plan_memory();
+  if (memory_->needs_registration()) {
+    for (Stream* stream : streams_->communication()) stream->synchronize();
+    memory_->register_with(units_);
   }
   gathers_.order_after_shard_writes();
 }
@@ -78,6 +86,9 @@ void Engine::ensure_memory() {
 void Engine::drop_memory() {
   for (Stream* stream : streams_->communication()) stream->synchronize();
   gathers_.reset();
+  // They hold what their last operations worked in.
+  for (Communicator* communicator : hop_communicators(units_)) communicator->release_finished();
+  agreement_.release_finished();
   memory_ = nullptr;
 }
 
@@ -89,7 +100,7 @@ void Engine::release_memory() {
 }
 
 const RuntimeMemory& Engine::memory() {
-  ensure_memory();
+  plan_memory();
   return *memory_;
 }
 

@@ -38,8 +38,7 @@ class Cutter {
     total_ += aligned;
   }
 
-  void cut(at::Device device) {
-    const at::Tensor memory = allocate(total_, device);
+  void cut(const at::Tensor& memory) {
     for (const Wish& wish : wishes_) wish.give(memory.narrow(0, wish.offset, wish.nbytes));
   }
 
@@ -169,9 +168,24 @@ RuntimeMemory::RuntimeMemory(const std::vector<std::shared_ptr<Unit>>& units, co
   }
   cutter.ask("flags", num_flags * static_cast<int64_t>(sizeof(int64_t)),
              [this](const at::Tensor& memory) { flags_ = memory.view(at::kLong); });
-  cutter.cut(device_);
+  for (Communicator* carrier : hop_communicators(units)) {
+    if (cutter.total() > 0) whole_ = carrier->allocate(cutter.total());
+    is_of_backend_ = whole_.defined();
+    if (is_of_backend_) break;
+  }
+  if (!is_of_backend_) whole_ = allocate(cutter.total(), device_);
+  cutter.cut(whole_);
   parts_ = cutter.parts();
   nbytes_ = cutter.total();
+}
+
+void RuntimeMemory::register_with(const std::vector<std::shared_ptr<Unit>>& units) {
+  is_registered_ = true;
+  for (Communicator* carrier : hop_communicators(units)) {
+    if (auto registration = carrier->register_memory(whole_)) {
+      registrations_.push_back(std::move(registration));
+    }
+  }
 }
 
 at::Tensor RuntimeMemory::fit(at::Tensor& memory, int64_t numel, at::ScalarType dtype) {

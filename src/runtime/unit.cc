@@ -296,4 +296,19 @@ void Unit::drop_gradients() {
   used_.assign(trainable_.size(), false);
 }
 
+std::vector<Communicator*> hop_communicators(const std::vector<std::shared_ptr<Unit>>& units) {
+  std::vector<Communicator*> found;
+  for (const std::shared_ptr<Unit>& unit : units) {
+    const HopCommunicators& gather = unit->communicators().gather;
+    const HopCommunicators& reduce = unit->communicators().reduce;
+    for (Communicator* communicator : {gather.rail, gather.intra, reduce.rail, reduce.intra}) {
+      if (communicator == nullptr) continue;
+      if (std::find(found.begin(), found.end(), communicator) == found.end()) {
+        found.push_back(communicator);
+      }
+    }
+  }
+  return found;
+}
+
 }  // namespace mics

@@ -1,6 +1,7 @@
 // Training through the production NCCL code over fakes: engine, units, pipelines, communicators and
 // streams are those of a CUDA rank.
-#include <ATen/ATen.h>
+#include "support/nccl_training.h"
+
 #include <gtest/gtest.h>
 
 #include <fstream>
@@ -10,102 +11,19 @@
 #include <string>
 #include <vector>
 
-#include "mics/local_world.h"
-#include "support/chain_model.h"
-#include "support/multi_rank.h"
-#include "support/nccl_ranks.h"
-
 namespace mics {
 namespace {
 
-using testing::batch;
+using testing::Case;
+using testing::expect_bitwise_equal;
+using testing::kMicroSteps;
 using testing::kNumLayers;
-using testing::Model;
 using testing::NcclRanks;
+using testing::Rank;
 using testing::run_ranks;
-using testing::World;
-
-constexpr int kMicroSteps = 3;
-
-struct Case {
-  std::string name;
-  World world;
-  ResidencySettings residency;
-};
-
-void PrintTo(const Case& what, std::ostream* out) { *out << what.name; }
-
-// Gradients of a step, by layer, of each of several steps.
-using Gradients = std::vector<at::Tensor>;
-
-Gradients train(Model& model, int rank, int num_steps) {
-  Gradients gradients;
-  for (int step = 0; step < num_steps; ++step) {
-    for (int microstep = 0; microstep < kMicroSteps; ++microstep) {
-      for (int layer = 0; layer < kNumLayers; ++layer) {
-        model.engine().unit(layer).settings().synchronize_gradients = microstep == kMicroSteps - 1;
-      }
-      model.forward_nested(batch(rank, step + microstep)).sum().backward();
-    }
-    for (int layer = 0; layer < kNumLayers; ++layer) {
-      gradients.push_back(model.sharded(layer).grad().clone());
-      at::Tensor sharded = model.sharded(layer);
-      const c10::NoGradGuard no_grad;
-      sharded.sub_(sharded.grad(), 0.01);
-      sharded.mutable_grad().reset();
-    }
-  }
-  return gradients;
-}
-
-std::vector<Gradients> train_locally(const Case& what, int num_steps) {
-  std::vector<Gradients> found(static_cast<size_t>(what.world.size()));
-  LocalWorld world(what.world.size(), std::chrono::seconds(60));
-  run_ranks(what.world.size(), [&](int rank) {
-    Model model(world, what.world, rank, what.residency);
-    found[static_cast<size_t>(rank)] = train(model, rank, num_steps);
-  });
-  return found;
-}
-
-// One rank's world, model and streams; closed in order.
-class Rank {
- public:
-  Rank(NcclRanks& ranks, const Case& what, int rank)
-      : world_(ranks.make_world(rank)),
-        model_([this](GroupInfo group) { return world_->make_communicator(std::move(group)); },
-               testing::make_streams(*world_), what.world, rank, kNumLayers, what.residency,
-               Depths()) {}
-  ~Rank() { EXPECT_NO_THROW(world_->close(std::chrono::seconds(30))); }
-  Rank(const Rank&) = delete;
-  Rank& operator=(const Rank&) = delete;
-  Model& model() { return model_; }
-
- private:
-  const std::shared_ptr<NcclWorld> world_;
-  Model model_;
-};
-
-std::vector<Gradients> train_over_nccl(NcclRanks& ranks, const Case& what, int num_steps) {
-  std::vector<Gradients> found(static_cast<size_t>(what.world.size()));
-  run_ranks(what.world.size(), [&](int rank) {
-    Rank one(ranks, what, rank);
-    found[static_cast<size_t>(rank)] = train(one.model(), rank, num_steps);
-  });
-  EXPECT_EQ(ranks.network().faults(), std::vector<std::string>());
-  EXPECT_EQ(ranks.network().num_live_comms, 0);
-  return found;
-}
-
-void expect_bitwise_equal(const std::vector<Gradients>& found,
-                          const std::vector<Gradients>& expected) {
-  for (size_t rank = 0; rank < expected.size(); ++rank) {
-    ASSERT_EQ(found[rank].size(), expected[rank].size());
-    for (size_t i = 0; i < expected[rank].size(); ++i) {
-      ASSERT_TRUE(at::equal(found[rank][i], expected[rank][i])) << "rank " << rank << ", " << i;
-    }
-  }
-}
+using testing::train;
+using testing::train_locally;
+using testing::train_over_nccl;
 
 // --- the budget of docs/streams.md ---------------------------------------------------------------
 

@@ -44,7 +44,7 @@ TEST(NcclStart, TwoRanksOnOneGpuAreRefusedOnEveryRank) {
       errors_of(2, [&](int rank) { ranks.make_world(rank)->close(std::chrono::seconds(30)); }),
       std::vector<std::string>(2));
   const auto store = c10::make_intrusive<c10d::HashStore>();
-  const auto network = std::make_shared<testing::FakeNetwork>();
+  const auto network = std::make_shared<testing::ThreadNetwork>();
   const auto errors = errors_of(2, [&](int rank) {
     const auto cuda = std::make_shared<testing::FakeCuda>("0000:00:0");
     NcclOptions options = ranks.options(0);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -95,6 +96,11 @@ def expect_equal(results: list[Trained], world_size: int) -> None:
             torch.testing.assert_close(parameters[name], value, rtol=1e-4, atol=1e-5)
 
 
+def _train_asking(rank: int, asked: dict[str, str], *arguments: Any) -> Trained:
+    with mock.patch.dict(os.environ, asked):
+        return _train(rank, *arguments)
+
+
 @devices
 def test_one_rank_trains_as_one_process(device: str):
     expect_equal(run_ranks(1, _train, device, 1, 1), 1)
@@ -107,3 +113,17 @@ def test_two_ranks_train_as_one_process(device: str, shard_size: int):
     expect_equal(results, 2)
     if device == "cuda":
         assert all(text.startswith("nccl") for text in results[0][2].values())
+
+
+@devices
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"MICS_NCCL_REGISTRATION": "buffers"},
+        {"MICS_NCCL_REGISTRATION": "windows"},
+        {"MICS_NCCL_REGISTRATION": "windows", "MICS_NCCL_COPY_ENGINE": "1"},
+    ],
+    ids=["buffers", "windows", "copy-engine"],
+)
+def test_registered_memory_trains_the_same(device: str, asked: dict[str, str]):
+    expect_equal(run_ranks(2, _train_asking, asked, device, 2, 2), 2)

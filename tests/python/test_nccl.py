@@ -7,6 +7,7 @@ over Gloo.
 from __future__ import annotations
 
 import datetime
+import os
 import weakref
 from typing import Any
 from unittest import mock
@@ -15,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.models import batch, loss, make_gpt
-from support.ranks import run_ranks
+from support.ranks import RankFailure, run_ranks
 
 import torch_mics as mics
 from torch_mics import _C, _groups, _nccl
@@ -54,6 +55,56 @@ def test_a_world_without_a_gpu_is_refused_on_every_rank():
     assert len(set(run_ranks(2, _make_world))) == 1
 
 
+def _options(rank: int, environment: dict[str, str]) -> Any:
+    with mock.patch.dict(os.environ, environment):
+        options = _nccl.options_from_environment()
+    return options | {"registration": options["registration"].name}
+
+
+def _differing(rank: int) -> str:
+    value = "windows" if rank == 1 else "buffers"
+    with (
+        mock.patch.dict(os.environ, MICS_NCCL_REGISTRATION=value),
+        pytest.raises(ValueError, match="must be the same on every rank") as caught,
+    ):
+        _nccl.options_from_environment()
+    return str(caught.value)
+
+
+def test_what_is_asked_of_nccl_comes_from_the_environment():
+    usual = {"registration": "NONE", "copy_engine": False, "max_in_flight": 4, "max_ctas": 0}
+    assert run_ranks(2, _options, {}) == [usual] * 2
+    asked = {
+        "MICS_NCCL_REGISTRATION": "windows",
+        "MICS_NCCL_COPY_ENGINE": "1",
+        "MICS_NCCL_MAX_IN_FLIGHT": "0",
+        "MICS_NCCL_MAX_CTAS": "8",
+    }
+    wanted = {"registration": "WINDOWS", "copy_engine": True, "max_in_flight": 0, "max_ctas": 8}
+    assert run_ranks(2, _options, asked) == [wanted] * 2
+
+
+def test_ranks_that_ask_for_other_things_are_named_on_every_rank():
+    for text in run_ranks(2, _differing):
+        assert (
+            "MICS_NCCL_REGISTRATION = buffers on world_rank 0 and windows on world_rank 1" in text
+        )
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("MICS_NCCL_REGISTRATION", "symmetric"),
+        ("MICS_NCCL_COPY_ENGINE", "yes"),
+        ("MICS_NCCL_MAX_IN_FLIGHT", "-1"),
+        ("MICS_NCCL_MAX_CTAS", "many"),
+    ],
+)
+def test_values_that_nothing_knows_are_refused(variable: str, value: str):
+    with pytest.raises(RankFailure, match=f"{variable} must be .*: got '{value}'"):
+        run_ranks(2, _options, {variable: value})
+
+
 class StandIn:
     """Has the methods of _C.NcclWorld."""
 
@@ -61,8 +112,15 @@ class StandIn:
         self.made: list[tuple[str, list[int], int]] = []
 
     def make_communicator(
-        self, *, name: str, world_ranks: list[int], nodes: list[int], rank: int
+        self,
+        *,
+        name: str,
+        world_ranks: list[int],
+        nodes: list[int],
+        rank: int,
+        only_gathers: bool,
     ) -> Any:
+        assert only_gathers == (name == "gather/intra")
         self.made.append((name, world_ranks, rank))
         return _C.make_c10d_communicator(
             dist.new_group(world_ranks, use_local_synchronization=True),

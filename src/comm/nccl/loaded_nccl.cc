@@ -5,6 +5,9 @@ namespace mics {
 
 namespace {
 
+constexpr int kFirstWindows = 22807;
+constexpr int kSymmetric = 1;  // NCCL_WIN_COLL_SYMMETRIC, which older headers lack
+
 class LoadedNccl final : public NcclApi {
  public:
   LoadedNccl() : library_("NCCL", {"libnccl.so.2"}) {
@@ -21,6 +24,12 @@ class LoadedNccl final : public NcclApi {
     library_.get(all_gather_, "ncclAllGather");
     library_.get(reduce_scatter_, "ncclReduceScatter");
     library_.get(all_reduce_, "ncclAllReduce");
+    library_.get_optional(mem_alloc_, "ncclMemAlloc");
+    library_.get_optional(mem_free_, "ncclMemFree");
+    library_.get_optional(comm_register_, "ncclCommRegister");
+    library_.get_optional(comm_deregister_, "ncclCommDeregister");
+    library_.get_optional(comm_window_register_, "ncclCommWindowRegister");
+    library_.get_optional(comm_window_deregister_, "ncclCommWindowDeregister");
     library_.get(get_error_string_, "ncclGetErrorString");
     library_.get(get_last_error_, "ncclGetLastError");
   }
@@ -56,6 +65,33 @@ class LoadedNccl final : public NcclApi {
                           ncclComm_t comm, cudaStream_t stream) override {
     return all_reduce_(send, receive, count, type, ncclSum, comm, stream);
   }
+  bool has_registration() const override {
+    return mem_alloc_ != nullptr && mem_free_ != nullptr && comm_register_ != nullptr &&
+           comm_deregister_ != nullptr;
+  }
+  ncclResult_t mem_alloc(void** memory, size_t nbytes) override {
+    return mem_alloc_(memory, nbytes);
+  }
+  ncclResult_t mem_free(void* memory) override { return mem_free_(memory); }
+  ncclResult_t comm_register(ncclComm_t comm, void* memory, size_t nbytes, void** handle) override {
+    return comm_register_(comm, memory, nbytes, handle);
+  }
+  ncclResult_t comm_deregister(ncclComm_t comm, void* handle) override {
+    return comm_deregister_(comm, handle);
+  }
+  bool has_windows() const override {
+    int version = 0;
+    return has_registration() && comm_window_register_ != nullptr &&
+           comm_window_deregister_ != nullptr && get_version_(&version) == ncclSuccess &&
+           version >= kFirstWindows;
+  }
+  ncclResult_t comm_window_register(ncclComm_t comm, void* memory, size_t nbytes,
+                                    void** window) override {
+    return comm_window_register_(comm, memory, nbytes, window, kSymmetric);
+  }
+  ncclResult_t comm_window_deregister(ncclComm_t comm, void* window) override {
+    return comm_window_deregister_(comm, window);
+  }
   std::string error_string(ncclResult_t result) override { return get_error_string_(result); }
   std::string last_error(ncclComm_t comm) override {
     const char* text = get_last_error_(comm);
@@ -77,6 +113,13 @@ class LoadedNccl final : public NcclApi {
   decltype(&ncclAllGather) all_gather_ = nullptr;
   decltype(&ncclReduceScatter) reduce_scatter_ = nullptr;
   decltype(&ncclAllReduce) all_reduce_ = nullptr;
+  // Their types are spelled out, as older headers lack them: a window is a pointer.
+  ncclResult_t (*mem_alloc_)(void**, size_t) = nullptr;
+  ncclResult_t (*mem_free_)(void*) = nullptr;
+  ncclResult_t (*comm_register_)(ncclComm_t, void*, size_t, void**) = nullptr;
+  ncclResult_t (*comm_deregister_)(ncclComm_t, void*) = nullptr;
+  ncclResult_t (*comm_window_register_)(ncclComm_t, void*, size_t, void**, int) = nullptr;
+  ncclResult_t (*comm_window_deregister_)(ncclComm_t, void*) = nullptr;
   decltype(&ncclGetErrorString) get_error_string_ = nullptr;
   decltype(&ncclGetLastError) get_last_error_ = nullptr;
 };

@@ -44,6 +44,20 @@ class NcclApi {
                                                 ncclDataType_t type, ncclComm_t comm,
                                                 cudaStream_t stream) = 0;
 
+  // Memory that NCCL moves without copies of its own. False: the library is older than 2.19.
+  [[nodiscard]] virtual bool has_registration() const = 0;
+  [[nodiscard]] virtual ncclResult_t mem_alloc(void** memory, size_t nbytes) = 0;
+  [[nodiscard]] virtual ncclResult_t mem_free(void* memory) = 0;
+  [[nodiscard]] virtual ncclResult_t comm_register(ncclComm_t comm, void* memory, size_t nbytes,
+                                                   void** handle) = 0;
+  [[nodiscard]] virtual ncclResult_t comm_deregister(ncclComm_t comm, void* handle) = 0;
+  // Symmetric windows. False: the library is older than 2.28.7, whose kernels for them were wrong.
+  [[nodiscard]] virtual bool has_windows() const = 0;
+  // Collective. Null: the devices cannot have one.
+  [[nodiscard]] virtual ncclResult_t comm_window_register(ncclComm_t comm, void* memory,
+                                                          size_t nbytes, void** window) = 0;
+  [[nodiscard]] virtual ncclResult_t comm_window_deregister(ncclComm_t comm, void* window) = 0;
+
   [[nodiscard]] virtual std::string error_string(ncclResult_t result) = 0;
   // Of the calling thread's last failed call, in words; may be empty. `comm` may be null.
   [[nodiscard]] virtual std::string last_error(ncclComm_t comm) = 0;

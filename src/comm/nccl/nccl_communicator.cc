@@ -153,6 +153,19 @@ void NcclCommunicator::do_all_reduce(const at::Tensor& tensor) {
         "ncclAllReduce");
 }
 
+std::shared_ptr<void> NcclCommunicator::register_memory(const at::Tensor& memory) {
+  check_process();
+  shared_.context->failure->rethrow_if_set();
+  try {
+    return shared_.memory->register_with(handle_, memory);
+  } catch (...) {
+    // Its peers may wait for it: the world ends.
+    shared_.watchdog->fail(std::current_exception(), flight_log().get());
+    shared_.context->failure->rethrow_if_set();
+  }
+  return nullptr;
+}
+
 void NcclCommunicator::barrier() {
   const c10::Device device = shared_.context->cuda->tensor_device(shared_.context->device);
   const std::unique_ptr<Stream> stream = make_caller_stream();

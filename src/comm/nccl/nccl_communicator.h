@@ -12,6 +12,7 @@
 #include "comm/nccl/launch_order.h"
 #include "comm/nccl/nccl_api.h"
 #include "comm/nccl/nccl_handle.h"
+#include "comm/nccl/nccl_memory.h"
 #include "comm/nccl/nccl_watchdog.h"
 #include "mics/communicator.h"
 
@@ -23,6 +24,7 @@ class NcclCommunicator final : public Communicator {
     std::shared_ptr<const CudaContext> context;
     std::shared_ptr<NcclApi> nccl;
     std::shared_ptr<LaunchOrder> order;
+    std::shared_ptr<NcclMemory> memory;
     std::chrono::milliseconds timeout;
     std::shared_ptr<NcclWatchdog> watchdog;
   };
@@ -32,6 +34,9 @@ class NcclCommunicator final : public Communicator {
   ~NcclCommunicator() override;
 
   void barrier() override;
+  void release_finished() override { in_flight_->reclaim(); }
+  at::Tensor allocate(int64_t nbytes) override { return shared_.memory->allocate(nbytes); }
+  std::shared_ptr<void> register_memory(const at::Tensor& memory) override;
   std::unique_ptr<Stream> make_caller_stream() const override {
     return std::make_unique<CudaStream>(shared_.context, nullptr);
   }

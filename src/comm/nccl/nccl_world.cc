@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "comm/nccl/nccl_communicator.h"
+#include "comm/nccl/nccl_memory.h"
 #include "comm/nccl/nccl_watchdog.h"
 #include "comm/store/store_clone.h"
 #include "mics/check.h"
@@ -20,12 +21,14 @@ namespace {
 // What one rank tells the others before its first communicator.
 struct Hello {
   int version = 0;
+  std::string settings;  // that must agree
   std::string host;
   std::string bus_id;  // of its device
 };
 
 std::string encode(const Hello& hello) {
-  return std::to_string(hello.version) + "\n" + hello.host + "\n" + hello.bus_id;
+  return std::to_string(hello.version) + "\n" + hello.settings + "\n" + hello.host + "\n" +
+         hello.bus_id;
 }
 
 Hello decode(const std::string& text) {
@@ -33,6 +36,7 @@ Hello decode(const std::string& text) {
   Hello hello;
   std::string version;
   std::getline(lines, version);
+  std::getline(lines, hello.settings);
   std::getline(lines, hello.host);
   std::getline(lines, hello.bus_id);
   hello.version = std::stoi(version);
@@ -42,6 +46,16 @@ Hello decode(const std::string& text) {
 std::string version_text(int version) {
   return std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." +
          std::to_string(version % 100);
+}
+
+std::string settings_text(const NcclOptions& options) {
+  const std::map<NcclRegistration, const char*> names = {{NcclRegistration::kNone, "none"},
+                                                         {NcclRegistration::kBuffers, "buffers"},
+                                                         {NcclRegistration::kWindows, "windows"}};
+  return std::string("registration=") + names.at(options.registration) +
+         " copy_engine=" + (options.copy_engine ? "1" : "0") +
+         " max_in_flight=" + std::to_string(options.max_in_flight) +
+         " max_ctas=" + std::to_string(options.max_ctas);
 }
 
 std::string list(const std::vector<int>& ranks) {
@@ -54,6 +68,14 @@ std::string list(const std::vector<int>& ranks) {
   text << "]";
   return text.str();
 }
+
+#ifdef NCCL_CTA_POLICY_ZERO
+constexpr bool kHasZeroCtas = true;
+void set_zero_ctas(ncclConfig_t& config) { config.CTAPolicy = NCCL_CTA_POLICY_ZERO; }
+#else
+constexpr bool kHasZeroCtas = false;
+void set_zero_ctas(ncclConfig_t& /*config*/) {}
+#endif
 
 // Waits for the keys of all `ranks`, and gives their values.
 std::vector<std::string> wait_for_all(c10d::Store& store, const std::string& topic,
@@ -88,14 +110,18 @@ class NcclWorldOfRank final : public NcclWorld {
         nccl_(std::move(nccl)),
         context_(std::make_shared<const CudaContext>(CudaContext{
             cuda, std::make_shared<EventPool>(cuda), std::make_shared<Failure>(), options.device})),
-        order_(std::make_shared<LaunchOrder>(options.max_in_flight)) {
-    check_devices();
+        order_(std::make_shared<LaunchOrder>(options.max_in_flight)),
+        memory_(std::make_shared<NcclMemory>(context_, nccl_, options)) {
+    check_hellos();
+    MICS_CHECK(!options_.copy_engine || options_.registration == NcclRegistration::kWindows,
+               "copy engines need windows: got copy_engine=1 with ", settings_text(options_),
+               ". Set MICS_NCCL_REGISTRATION=windows too.");
     watchdog_ = std::make_shared<NcclWatchdog>(
         context_, clone_store(store, std::chrono::seconds(5)), options_.rank,
         NcclWatchdog::Limits{options_.timeout, options_.start_timeout, options_.watch_interval});
   }
 
-  std::unique_ptr<Communicator> make_communicator(GroupInfo group) override {
+  std::unique_ptr<Communicator> make_communicator(GroupInfo group, bool only_gathers) override {
     context_->failure->rethrow_if_set();
     const std::string name = group.name + " " + list(group.world_ranks);
     // Names, and not a number over all groups: ranks are in different groups.
@@ -112,6 +138,7 @@ class NcclWorldOfRank final : public NcclWorld {
     config.blocking = options_.is_blocking ? 1 : 0;
     config.splitShare = 0;  // children that share resources run one after the other
     if (options_.max_ctas > 0) config.maxCTAs = options_.max_ctas;
+    if (options_.copy_engine && only_gathers) set_zero_ctas(config);
     const std::string comm_name = "mics/" + group.name;
     config.commName = comm_name.c_str();
 
@@ -139,8 +166,8 @@ class NcclWorldOfRank final : public NcclWorld {
     made_.push_back({topic, group.world_ranks, handle, in_flight});
     return std::make_unique<NcclCommunicator>(
         std::move(group),
-        NcclCommunicator::Shared{context_, nccl_, order_, options_.timeout, watchdog_}, handle,
-        in_flight);
+        NcclCommunicator::Shared{context_, nccl_, order_, memory_, options_.timeout, watchdog_},
+        handle, in_flight);
   }
 
   std::unique_ptr<Stream> make_stream(bool high_priority) override {
@@ -185,6 +212,10 @@ class NcclWorldOfRank final : public NcclWorld {
           "NCCL_LAUNCH_ORDER_IMPLICIT is not 1: set it in the environment of every rank, so that "
           "the device keeps the order of launches of several communicators");
     }
+    for (std::string& note : memory_->notes()) notes.push_back(std::move(note));
+    if (options_.copy_engine && !kHasZeroCtas) {
+      notes.emplace_back("copy engines were asked for and need the headers of NCCL 2.28 at build");
+    }
     if (!nccl_->has_comm_split()) {
       notes.emplace_back("NCCL has no ncclCommSplit: every communicator is started by itself");
     }
@@ -200,9 +231,10 @@ class NcclWorldOfRank final : public NcclWorld {
   };
 
   // Raises on all ranks alike, before NCCL would fail or hang.
-  void check_devices() {
+  void check_hellos() {
     CudaApi& cuda = *context_->cuda;
     Hello mine;
+    mine.settings = settings_text(options_);
     mine.host = options_.host;
     check_nccl(nccl_->get_version(&mine.version), "ncclGetVersion");
     char bus_id[32] = {};
@@ -225,6 +257,10 @@ class NcclWorldOfRank final : public NcclWorld {
                  version_text(hellos.front().version), " on world_rank 0 and ",
                  version_text(hello.version), " on world_rank ", rank,
                  ". Install the same torch everywhere.");
+      MICS_CHECK(hello.settings == hellos.front().settings,
+                 "all ranks must ask the same of NCCL: got ", hellos.front().settings,
+                 " on world_rank 0 and ", hello.settings, " on world_rank ", rank,
+                 ". Give every rank the same NcclOptions.");
       const auto [other, is_new] = rank_of_device.insert({{hello.host, hello.bus_id}, rank});
       MICS_CHECK(
           is_new, "each rank must have a GPU of its own: got GPU ", hello.bus_id, " of host ",
@@ -284,6 +320,7 @@ class NcclWorldOfRank final : public NcclWorld {
   const std::shared_ptr<NcclApi> nccl_;
   const std::shared_ptr<const CudaContext> context_;
   const std::shared_ptr<LaunchOrder> order_;
+  const std::shared_ptr<NcclMemory> memory_;
   std::shared_ptr<NcclWatchdog> watchdog_;
   std::map<std::string, int> num_of_name_;
   std::vector<Made> made_;

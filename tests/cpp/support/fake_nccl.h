@@ -1,4 +1,4 @@
-// FakeNccl: NCCL between threads that are ranks, over FakeCuda, with the semantics of the real one.
+// FakeNccl: NCCL between ranks of a FakeNetwork, over FakeCuda, with the semantics of the real one.
 //
 //   - an operation is queued on a stream and starts when the stream reaches it
 //   - one communicator runs its operations one after the other, on whatever streams, in the order
@@ -7,13 +7,11 @@
 //     it stays, as the real one would, and FakeNetwork::faults() says why
 //   - sums are in rank order, as communicator.h describes those of the other backends
 //   - abort ends what waits; a communicator that has ended cannot be used
+//   - its memory holds no numbers when it is given out and none when it is given back; registering
+//     it is a collective, and not beside operations
 #pragma once
 
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/from_blob.h>
-#include <gtest/gtest.h>
-
-#include <condition_variable>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -24,9 +22,9 @@
 #include <vector>
 
 #include "comm/nccl/nccl_api.h"
-#include "mics/communicator.h"
 #include "support/fake_cuda.h"
 #include "support/fake_network.h"
+#include "support/poisoned_memory.h"
 
 namespace mics::testing {
 
@@ -44,6 +42,10 @@ class FakeNccl final : public NcclApi {
   void fail(const std::string& call, ncclResult_t result) { failing_[call] = result; }
   // A start in non-blocking mode does not end.
   void stall_starts() { stalls_starts_ = true; }
+  void set_has_registration(bool has_registration) { has_registration_ = has_registration; }
+  void set_has_windows(bool has_windows) { has_windows_ = has_windows; }
+  // Windows are null from here on, as on devices that cannot have them.
+  void refuse_windows() { gives_windows_ = false; }
   // Of all communicators of this rank, as after a link has failed.
   void set_async_error(ncclResult_t error) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -73,9 +75,7 @@ class FakeNccl final : public NcclApi {
     if (const ncclResult_t result = result_of("comm_init_rank_config"); result != ncclSuccess) {
       return result;
     }
-    int number = 0;
-    std::memcpy(&number, id.internal, sizeof(number));
-    return start(comm, "id " + std::to_string(number), size, rank, config->blocking != 0);
+    return start(comm, id.internal, size, rank, *config);
   }
   bool has_comm_split() const override { return has_split_; }
   ncclResult_t comm_split(ncclComm_t comm, int color, int key, ncclComm_t* made,
@@ -88,7 +88,7 @@ class FakeNccl final : public NcclApi {
     return start(made,
                  parent->key + " split " + std::to_string(parent->num_splits++) + " color " +
                      std::to_string(color),
-                 parent->members->size(), key, config->blocking != 0);
+                 parent->members->size(), key, *config);
   }
   ncclResult_t comm_get_async_error(ncclComm_t comm, ncclResult_t* error) override {
     const std::shared_ptr<FakeComm> found = find(comm, "comm_get_async_error");
@@ -143,6 +143,49 @@ class FakeNccl final : public NcclApi {
     return call("all_reduce", {FakeCall::Kind::kAllReduce, send, receive, count_of, type}, comm,
                 stream);
   }
+  bool has_registration() const override { return has_registration_; }
+  ncclResult_t mem_alloc(void** memory, size_t nbytes) override {
+    count("mem_alloc");
+    if (const ncclResult_t result = result_of("mem_alloc"); result != ncclSuccess) return result;
+    *memory = std::aligned_alloc(kPage, (nbytes + kPage - 1) / kPage * kPage);
+    std::memset(*memory, kPoison, nbytes);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    allocations_.emplace(*memory, nbytes);
+    return ncclSuccess;
+  }
+  ncclResult_t mem_free(void* memory) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = allocations_.find(memory);
+    if (found == allocations_.end()) return ncclInvalidArgument;
+    for (const auto& [handle, registered] : registrations_) {
+      if (registered.memory == memory) network_->add_fault("freed while it is registered");
+    }
+    std::memset(memory, kPoison, found->second);
+    std::free(memory);
+    allocations_.erase(found);
+    return ncclSuccess;
+  }
+  ncclResult_t comm_register(ncclComm_t comm, void* memory, size_t nbytes, void** handle) override {
+    return add_registration("comm_register", comm, memory, nbytes, handle, /*is_window=*/false);
+  }
+  ncclResult_t comm_deregister(ncclComm_t comm, void* handle) override {
+    return end_registration("comm_deregister", comm, handle);
+  }
+  bool has_windows() const override { return has_windows_; }
+  ncclResult_t comm_window_register(ncclComm_t comm, void* memory, size_t nbytes,
+                                    void** window) override {
+    return add_registration("comm_window_register", comm, memory, nbytes, window,
+                            /*is_window=*/true);
+  }
+  ncclResult_t comm_window_deregister(ncclComm_t comm, void* window) override {
+    return end_registration("comm_window_deregister", comm, window);
+  }
+  // Allocations and registrations that have not ended.
+  [[nodiscard]] int num_held() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return static_cast<int>(allocations_.size() + registrations_.size());
+  }
+
   std::string error_string(ncclResult_t result) override {
     return result == ncclRemoteError ? "remote process exited or there was a network error"
                                      : "result " + std::to_string(result);
@@ -150,6 +193,14 @@ class FakeNccl final : public NcclApi {
   std::string last_error(ncclComm_t /*comm*/) override { return {}; }
 
  private:
+  static constexpr size_t kPage = 4096;
+
+  struct Registration {
+    std::shared_ptr<FakeComm> comm;
+    void* memory;
+    size_t nbytes;
+    bool is_window;
+  };
   struct UnderWay {
     std::atomic<int> now = 0;
     std::atomic<int> most = 0;
@@ -177,29 +228,86 @@ class FakeNccl final : public NcclApi {
   }
 
   ncclResult_t start(ncclComm_t* comm, const std::string& key, int size, int rank,
-                     bool is_blocking) {
+                     const ncclConfig_t& config) {
     auto made = std::make_shared<FakeComm>();
     made->key = key;
-    made->members = network_->rendezvous(key, size);
+    made->members = network_->join(key, size, rank);
     made->rank = rank;
+    made->cta_policy = config.CTAPolicy;
     *comm = reinterpret_cast<ncclComm_t>(made.get());
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       comms_.emplace(*comm, made);
     }
     ++network_->num_live_comms;
-    if (!is_blocking) {
+    if (config.blocking == 0) {
       made->is_ready = false;
       // NCCL's own thread.
       cuda_->on_stream(own_stream(), [made, stalls = stalls_starts_] {
-        if (!stalls && made->members->meet(made->rank, nullptr, made->is_aborted)) {
-          made->is_ready = true;
-        }
+        if (!stalls && made->members->meet(made->rank, made->is_aborted)) made->is_ready = true;
       });
       return ncclInProgress;
     }
-    (void)made->members->meet(rank, nullptr, made->is_aborted);
+    (void)made->members->meet(rank, made->is_aborted);
     return ncclSuccess;
+  }
+
+  // A collective of the members, as that of a window is.
+  ncclResult_t add_registration(const char* call, ncclComm_t comm, void* memory, size_t nbytes,
+                                void** handle, bool is_window) {
+    count(call);
+    const std::shared_ptr<FakeComm> found = find(comm, call);
+    if (found == nullptr) return ncclInvalidArgument;
+    if (const ncclResult_t result = result_of(call); result != ncclSuccess) return result;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      const auto allocation = allocations_.find(memory);
+      if (allocation == allocations_.end() || allocation->second < nbytes) {
+        return ncclInvalidArgument;
+      }
+      for (const auto& [other_handle, other] : registrations_) {
+        if (other.comm == found && other.memory == memory) {
+          network_->add_fault(std::string(call) + " of memory that is registered");
+        }
+      }
+    }
+    check_idle(*found, call);
+    FakeCall meeting;
+    meeting.kind = FakeCall::Kind::kRegister;
+    meeting.count = nbytes;
+    found->members->run(found->rank, {meeting}, found->is_aborted);
+    if (found->is_aborted) return ncclInternalError;
+    *handle = nullptr;
+    if (is_window && !gives_windows_) return ncclSuccess;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    *handle = reinterpret_cast<void*>(++num_registrations_);
+    registrations_.emplace(*handle, Registration{found, memory, nbytes, is_window});
+    return ncclSuccess;
+  }
+  ncclResult_t end_registration(const char* call, ncclComm_t comm, void* handle) {
+    count(call);
+    const std::shared_ptr<FakeComm> found = find(comm, call);
+    if (found == nullptr) return ncclInvalidArgument;
+    check_idle(*found, call);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return registrations_.erase(handle) == 1 ? ncclSuccess : ncclInvalidArgument;
+  }
+  void check_idle(FakeComm& comm, const char* call) {
+    const std::lock_guard<std::mutex> lock(comm.mutex);
+    if (comm.num_run != comm.num_launched) {
+      network_->add_fault(std::string(call) + " beside operations");
+    }
+  }
+  [[nodiscard]] bool is_in_window(const FakeComm& comm, const void* data) const {
+    const auto* byte = static_cast<const char*>(data);
+    for (const auto& [handle, registered] : registrations_) {
+      const auto* first = static_cast<const char*>(registered.memory);
+      if (registered.comm.get() == &comm && registered.is_window && byte >= first &&
+          byte < first + registered.nbytes) {
+        return true;
+      }
+    }
+    return false;
   }
 
   cudaStream_t own_stream() {
@@ -213,6 +321,7 @@ class FakeNccl final : public NcclApi {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       comms_.erase(comm);
+      std::erase_if(registrations_, [&](const auto& one) { return one.second.comm == ended; });
     }
     --network_->num_live_comms;
     ended->is_aborted = true;
@@ -240,107 +349,62 @@ class FakeNccl final : public NcclApi {
   void launch(const std::shared_ptr<FakeComm>& comm, std::vector<FakeCall> calls,
               cudaStream_t stream) {
     count("launch");
-    const int64_t turn = comm->num_launched++;
+    note_memory(*comm, calls);
+    const int64_t turn = [&] {
+      const std::lock_guard<std::mutex> lock(comm->mutex);
+      return comm->num_launched++;
+    }();
     // It may run when this is gone.
-    cuda_->on_stream(
-        stream, [network = network_, under_way = under_way_, comm, turn, calls = std::move(calls)] {
-          const int now = ++under_way->now;
-          for (int most = under_way->most; now > most;) {
-            if (under_way->most.compare_exchange_weak(most, now)) break;
-          }
-          {
-            std::unique_lock<std::mutex> lock(comm->mutex);
-            comm->turn_came.wait(lock, [&] { return comm->num_run == turn || comm->is_aborted; });
-          }
-          if (!comm->is_aborted) run(*network, *comm, calls);
-          const std::lock_guard<std::mutex> lock(comm->mutex);
-          ++comm->num_run;
-          comm->turn_came.notify_all();
-          --under_way->now;
-        });
+    cuda_->on_stream(stream, [under_way = under_way_, comm, turn, calls = std::move(calls)] {
+      const int now = ++under_way->now;
+      for (int most = under_way->most; now > most;) {
+        if (under_way->most.compare_exchange_weak(most, now)) break;
+      }
+      {
+        std::unique_lock<std::mutex> lock(comm->mutex);
+        comm->turn_came.wait(lock, [&] { return comm->num_run == turn || comm->is_aborted; });
+      }
+      if (!comm->is_aborted) comm->members->run(comm->rank, calls, comm->is_aborted);
+      const std::lock_guard<std::mutex> lock(comm->mutex);
+      ++comm->num_run;
+      comm->turn_came.notify_all();
+      --under_way->now;
+    });
   }
 
-  // On the stream.
-  static void run(FakeNetwork& network, FakeComm& comm, const std::vector<FakeCall>& calls) {
-    FakeRendezvous& members = *comm.members;
-    if (!members.meet(comm.rank, &calls, comm.is_aborted)) return;
-    std::string difference;
-    for (int other = 0; other < members.size() && difference.empty(); ++other) {
-      difference = compare(calls, members.calls_of(other));
+  // Counts what NCCL 2.28 gives to copy engines: gathers from windows to windows, on a communicator
+  // that may have no thread blocks.
+  void note_memory(const FakeComm& comm, const std::vector<FakeCall>& calls) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const FakeCall& call : calls) {
+      if (!is_in_window(comm, call.receive)) continue;
+      ++counts_["into a window"];
+      if (call.kind == FakeCall::Kind::kAllGather && comm.cta_policy == NCCL_CTA_POLICY_ZERO &&
+          is_in_window(comm, call.send)) {
+        ++counts_["by a copy engine"];
+      }
     }
-    if (!difference.empty()) {  // on every member: what all bring is not the same
-      members.stay_until_all_have_come();
-      network.add_fault(comm.key + ": " + difference);
-      return members.wait_for_abort(comm.is_aborted);
-    }
-    std::vector<at::Tensor> sums;
-    for (size_t i = 0; i < calls.size(); ++i) sums.push_back(read(comm, i, calls[i]));
-    members.stay_until_all_have_come();
-    for (size_t i = 0; i < calls.size(); ++i) {
-      if (sums[i].defined())
-        tensor(calls[i].receive, sums[i].numel(), calls[i].type).copy_(sums[i]);
-    }
-    // A peer's next operation may write what this one has read.
-    members.stay_until_all_have_come();
-  }
-
-  // Gathers at once; gives what is to be written when all have read.
-  static at::Tensor read(const FakeComm& comm, size_t index, const FakeCall& call) {
-    const auto count_of = static_cast<int64_t>(call.count);
-    std::vector<at::Tensor> pieces;
-    for (int other = 0; other < comm.members->size(); ++other) {
-      const FakeCall& theirs = comm.members->calls_of(other)[index];
-      const bool is_scatter = call.kind == FakeCall::Kind::kReduceScatter;
-      const at::Tensor sent =
-          tensor(const_cast<void*>(theirs.send),
-                 is_scatter ? count_of * comm.members->size() : count_of, call.type);
-      pieces.push_back(is_scatter ? sent.narrow(0, count_of * comm.rank, count_of) : sent);
-    }
-    if (call.kind != FakeCall::Kind::kAllGather) {
-      at::Tensor sum = at::empty_like(pieces.front());
-      sum_in_order(sum, pieces);
-      return sum;
-    }
-    const at::Tensor to = tensor(call.receive, count_of * comm.members->size(), call.type);
-    for (int other = 0; other < comm.members->size(); ++other) {
-      const at::Tensor place = to.narrow(0, count_of * other, count_of);
-      const at::Tensor& from = pieces[static_cast<size_t>(other)];
-      if (place.const_data_ptr() != from.const_data_ptr()) place.copy_(from);
-    }
-    return {};
-  }
-
-  static at::Tensor tensor(void* data, int64_t numel, ncclDataType_t type) {
-    const std::map<ncclDataType_t, at::ScalarType> types = {
-        {ncclFloat32, at::kFloat},  {ncclBfloat16, at::kBFloat16}, {ncclFloat16, at::kHalf},
-        {ncclFloat64, at::kDouble}, {ncclInt64, at::kLong},        {ncclUint8, at::kByte}};
-    return at::from_blob(data, {numel}, types.at(type));
-  }
-
-  static std::string compare(const std::vector<FakeCall>& mine,
-                             const std::vector<FakeCall>& theirs) {
-    if (mine.size() != theirs.size()) return "groups of other sizes";
-    for (size_t i = 0; i < mine.size(); ++i) {
-      if (mine[i].kind != theirs[i].kind) return "other calls";
-      if (mine[i].count != theirs[i].count) return "other counts";
-      if (mine[i].type != theirs[i].type) return "other types";
-    }
-    return {};
   }
 
   const std::shared_ptr<FakeNetwork> network_;
   const std::shared_ptr<FakeCuda> cuda_;
   int version_ = NCCL_VERSION_CODE;
   bool has_split_ = true;
+  bool has_registration_ = true;
+  bool has_windows_ = true;
+  bool gives_windows_ = true;
   bool stalls_starts_ = false;
   std::map<std::string, ncclResult_t> failing_;
   int group_depth_ = 0;
   std::vector<Pending> pending_;
   cudaStream_t own_stream_ = nullptr;
   const std::shared_ptr<UnderWay> under_way_ = std::make_shared<UnderWay>();
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   // Guarded by mutex_.
   std::map<ncclComm_t, std::shared_ptr<FakeComm>> comms_;
+  std::map<void*, size_t> allocations_;
+  std::map<void*, Registration> registrations_;  // by handle
+  uintptr_t num_registrations_ = 0;
   std::map<std::string, int> counts_;
 };
 

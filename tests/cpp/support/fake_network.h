@@ -1,13 +1,15 @@
-// What the ranks of FakeNccl share: the members of a communicator, which meet, and what went wrong.
+// What the ranks of FakeNccl share: how members of a communicator meet, and what went wrong.
+//
+// Here is the interface. Ranks that are threads meet in thread_network.h, ranks that are processes
+// in shm_network.h.
 #pragma once
 
 #include <atomic>
 #include <condition_variable>
-#include <cstring>
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -16,7 +18,8 @@
 namespace mics::testing {
 
 struct FakeCall {
-  enum class Kind { kAllGather, kReduceScatter, kAllReduce };
+  // kRegister: no data; `count` bytes of memory are registered.
+  enum class Kind { kAllGather, kReduceScatter, kAllReduce, kRegister };
   Kind kind = Kind::kAllGather;
   const void* send = nullptr;
   void* receive = nullptr;
@@ -25,77 +28,28 @@ struct FakeCall {
 };
 
 // The members of one communicator.
-class FakeRendezvous {
+class FakeMembers {
  public:
-  explicit FakeRendezvous(int size) : size_(size), calls_(static_cast<size_t>(size)) {}
-
-  // Shows `calls` to the others, or nothing, and returns when all have come. False: `is_aborted`.
-  bool meet(int rank, const std::vector<FakeCall>* calls, const std::atomic<bool>& is_aborted) {
-    std::unique_lock<std::mutex> lock(mutex_);
-    if (calls != nullptr) calls_[static_cast<size_t>(rank)] = calls;
-    const int64_t generation = generation_;
-    if (++num_arrived_ == size_) {
-      num_arrived_ = 0;
-      ++generation_;
-      changed_.notify_all();
-      return true;
-    }
-    changed_.wait(lock, [&] { return generation_ != generation || is_aborted; });
-    if (generation_ != generation) return true;
-    --num_arrived_;
-    return false;
-  }
-  // Returns when all have come, whatever is aborted: after a meeting of all, members only read and
-  // write, and none may go while another reads what it has shown.
-  void stay_until_all_have_come() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    const int64_t generation = generation_;
-    if (++num_arrived_ < size_) {
-      return changed_.wait(lock, [&] { return generation_ != generation; });
-    }
-    num_arrived_ = 0;
-    ++generation_;
-    changed_.notify_all();
-  }
-  void wait_for_abort(const std::atomic<bool>& is_aborted) {
-    std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait(lock, [&] { return is_aborted.load(); });
-  }
-  void notify() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    changed_.notify_all();
-  }
-  // Valid between two meetings.
-  [[nodiscard]] const std::vector<FakeCall>& calls_of(int rank) const {
-    return *calls_[static_cast<size_t>(rank)];
-  }
-  [[nodiscard]] int size() const { return size_; }
-
- private:
-  const int size_;
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  int num_arrived_ = 0;
-  int64_t generation_ = 0;
-  std::vector<const std::vector<FakeCall>*> calls_;
+  virtual ~FakeMembers() = default;
+  [[nodiscard]] virtual int size() const = 0;
+  // Returns when all have come. False: `is_aborted`.
+  virtual bool meet(int rank, const std::atomic<bool>& is_aborted) = 0;
+  // Does `calls` with all other members, on the calling thread. What differs between members is a
+  // fault, and lasts until `is_aborted`.
+  virtual void run(int rank, const std::vector<FakeCall>& calls,
+                   const std::atomic<bool>& is_aborted) = 0;
+  // Some member's `is_aborted` has been set.
+  virtual void notify() = 0;
 };
 
-// What the ranks share.
 class FakeNetwork {
  public:
-  ncclUniqueId make_id() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    ncclUniqueId id = {};
-    const int number = ++num_ids_;
-    std::memcpy(id.internal, &number, sizeof(number));
-    return id;
-  }
-  [[nodiscard]] std::shared_ptr<FakeRendezvous> rendezvous(const std::string& key, int size) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    std::shared_ptr<FakeRendezvous>& found = rendezvous_[key];
-    if (found == nullptr) found = std::make_shared<FakeRendezvous>(size);
-    return found;
-  }
+  virtual ~FakeNetwork() = default;
+  // Its text names a communicator that no other id names.
+  [[nodiscard]] virtual ncclUniqueId make_id() = 0;
+  [[nodiscard]] virtual std::shared_ptr<FakeMembers> join(const std::string& key, int size,
+                                                          int rank) = 0;
+
   void add_fault(const std::string& fault) {
     const std::lock_guard<std::mutex> lock(mutex_);
     faults_.push_back(fault);
@@ -109,16 +63,16 @@ class FakeNetwork {
 
  private:
   mutable std::mutex mutex_;
-  int num_ids_ = 0;
-  std::map<std::string, std::shared_ptr<FakeRendezvous>> rendezvous_;
-  std::vector<std::string> faults_;
+  std::vector<std::string> faults_;  // guarded by mutex_
 };
 
+// One rank's part of a communicator.
 struct FakeComm {
   std::string key;
-  std::shared_ptr<FakeRendezvous> members;
+  std::shared_ptr<FakeMembers> members;
   int rank = 0;
   int num_splits = 0;
+  int cta_policy = 0;
   std::atomic<bool> is_ready = true;  // false: a start in non-blocking mode
   std::atomic<bool> is_aborted = false;
   std::atomic<ncclResult_t> async_error = ncclSuccess;

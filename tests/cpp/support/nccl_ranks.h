@@ -1,6 +1,8 @@
 // Ranks as threads whose worlds are the production NCCL code over the fakes.
 #pragma once
 
+#include <gtest/gtest.h>
+
 #include <functional>
 #include <memory>
 #include <string>
@@ -13,6 +15,7 @@
 #include "mics/runtime_streams.h"
 #include "support/fake_nccl.h"
 #include "support/multi_rank.h"
+#include "support/thread_network.h"
 
 namespace mics::testing {
 
@@ -44,7 +47,8 @@ class NcclRanks {
  public:
   // `seed`: of random delays of up to `max_delay_us`; 0: none.
   explicit NcclRanks(int size, unsigned seed = 0, unsigned max_delay_us = 300)
-      : store_(c10::make_intrusive<c10d::HashStore>()), network_(std::make_shared<FakeNetwork>()) {
+      : store_(c10::make_intrusive<c10d::HashStore>()),
+        network_(std::make_shared<ThreadNetwork>()) {
     for (int rank = 0; rank < size; ++rank) {
       cuda_.push_back(std::make_shared<FakeCuda>(
           "0000:00:" + std::to_string(rank),
@@ -58,6 +62,13 @@ class NcclRanks {
       options_.push_back(options);
     }
   }
+
+  ~NcclRanks() {
+    for (const std::shared_ptr<FakeCuda>& cuda : cuda_) EXPECT_EQ(cuda->num_live_events(), 0);
+    for (const std::shared_ptr<FakeNccl>& nccl : nccl_) EXPECT_EQ(nccl->num_held(), 0);
+  }
+  NcclRanks(const NcclRanks&) = delete;
+  NcclRanks& operator=(const NcclRanks&) = delete;
 
   NcclOptions& options(int rank) { return options_[static_cast<size_t>(rank)]; }
   FakeCuda& cuda(int rank) { return *cuda_[static_cast<size_t>(rank)]; }

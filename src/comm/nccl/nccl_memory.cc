@@ -1,0 +1,75 @@
+#include "comm/nccl/nccl_memory.h"
+
+#include <ATen/ops/from_blob.h>
+
+#include <utility>
+
+#include "mics/check.h"
+#include "mics/error.h"
+
+namespace mics {
+
+NcclMemory::NcclMemory(std::shared_ptr<const CudaContext> context, std::shared_ptr<NcclApi> nccl,
+                       const NcclOptions& options)
+    : context_(std::move(context)),
+      nccl_(std::move(nccl)),
+      asked_(options.registration),
+      timeout_(options.init_timeout),
+      used_(asked_) {
+  if ((used_ == NcclRegistration::kWindows && !nccl_->has_windows()) ||
+      !nccl_->has_registration()) {
+    used_ = NcclRegistration::kNone;
+  }
+}
+
+at::Tensor NcclMemory::allocate(int64_t nbytes) {
+  if (used_ == NcclRegistration::kNone) return {};
+  check_cuda(*context_->cuda, context_->cuda->set_device(context_->device), "cudaSetDevice");
+  void* memory = nullptr;
+  finish_call(*nccl_, nccl_->mem_alloc(&memory, static_cast<size_t>(nbytes)), nullptr,
+              "ncclMemAlloc", std::chrono::steady_clock::now() + timeout_);
+  const c10::Device device = context_->cuda->tensor_device(context_->device);
+  return at::from_blob(
+      memory, {nbytes}, [nccl = nccl_](void* freed) { (void)nccl->mem_free(freed); },
+      at::TensorOptions().dtype(at::kByte).device(device));
+}
+
+std::shared_ptr<void> NcclMemory::register_with(const std::shared_ptr<NcclHandle>& handle,
+                                                const at::Tensor& memory) {
+  if (used_ == NcclRegistration::kNone) return nullptr;
+  const bool is_window = used_ == NcclRegistration::kWindows;
+  ncclComm_t comm = handle->get();
+  MICS_INTERNAL_CHECK(comm != nullptr, "memory is registered with a communicator that has ended.");
+  const auto nbytes = static_cast<size_t>(memory.nbytes());
+  void* registered = nullptr;
+  const ncclResult_t result =
+      is_window ? nccl_->comm_window_register(comm, memory.mutable_data_ptr(), nbytes, &registered)
+                : nccl_->comm_register(comm, memory.mutable_data_ptr(), nbytes, &registered);
+  finish_call(*nccl_, result, comm, is_window ? "ncclCommWindowRegister" : "ncclCommRegister",
+              std::chrono::steady_clock::now() + timeout_);
+  if (registered == nullptr) {
+    without_window_.push_back(handle->name());
+    return nullptr;
+  }
+  return {registered, [nccl = nccl_, handle, is_window](void* ended) {
+            ncclComm_t living = handle->get();
+            if (living == nullptr) return;  // its registrations have ended with it
+            (void)(is_window ? nccl->comm_window_deregister(living, ended)
+                             : nccl->comm_deregister(living, ended));
+          }};
+}
+
+std::vector<std::string> NcclMemory::notes() const {
+  std::vector<std::string> notes;
+  if (asked_ != used_) {
+    notes.push_back(std::string("registration was asked for and needs a newer NCCL (") +
+                    (asked_ == NcclRegistration::kWindows ? "2.28.7 for windows" : "2.19") +
+                    "): nothing is registered");
+  }
+  for (const std::string& name : without_window_) {
+    notes.push_back("NCCL gave no window for " + name + ": its collectives use its own buffers");
+  }
+  return notes;
+}
+
+}  // namespace mics

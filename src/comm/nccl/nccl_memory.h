@@ -1,0 +1,48 @@
+// NcclMemory: memory of this rank that NCCL moves without copies of its own.
+//
+// The runtime works in one allocation. NCCL allocates it where something is to be registered, and
+// each communicator registers it once: registering again and again uses up its address space.
+//
+// Thread safety: one thread at a time.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <chrono>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "comm/nccl/cuda_stream.h"
+#include "comm/nccl/nccl_api.h"
+#include "comm/nccl/nccl_handle.h"
+#include "mics/nccl_world.h"
+
+namespace mics {
+
+class NcclMemory {
+ public:
+  NcclMemory(std::shared_ptr<const CudaContext> context, std::shared_ptr<NcclApi> nccl,
+             const NcclOptions& options);
+
+  // [nbytes], bytes; freed with its last tensor. Undefined when nothing is registered: torch's own
+  // memory is as good. Throws CommError.
+  [[nodiscard]] at::Tensor allocate(int64_t nbytes);
+  // Called by each member, with memory of allocate() of the same size, while nothing is under way
+  // on the communicator. Ends with the handle that it gives, and then too nothing may be under way.
+  // Null when nothing is registered. Throws CommError, TimeoutError.
+  [[nodiscard]] std::shared_ptr<void> register_with(const std::shared_ptr<NcclHandle>& handle,
+                                                    const at::Tensor& memory);
+  // What was asked for and not obtained.
+  [[nodiscard]] std::vector<std::string> notes() const;
+
+ private:
+  const std::shared_ptr<const CudaContext> context_;
+  const std::shared_ptr<NcclApi> nccl_;
+  const NcclRegistration asked_;
+  const std::chrono::milliseconds timeout_;
+  NcclRegistration used_;
+  std::vector<std::string> without_window_;  // communicators
+};
+
+}  // namespace mics
