@@ -53,7 +53,7 @@ ensure_build_tools
 
 # The cheap checks come first.
 step "clang-format"
-find include src python/csrc tests/cpp -name '*.h' -o -name '*.cc' | sort |
+find include src python/csrc tests -name '*.h' -o -name '*.cc' | sort |
   xargs -d '\n' "$VIRTUAL_ENV/bin/clang-format" --dry-run -Werror
 
 step "ruff"
@@ -81,6 +81,7 @@ if ((!quick)); then
 fi
 
 step "Python tests"
+export MICS_TEST_FAKES="$MICS_ROOT/.build/python/fakes"
 "$PYTHON" -m pytest -c tests/pytest.ini tests/python "${pytest_arguments[@]}"
 
 steps_done

@@ -1,0 +1,89 @@
+"""The fakes of CUDA and NCCL for ranks that are processes: nccl_fakes, which the C++ tests build.
+
+with over_fakes(rank, seed=1) as device:       # models on the CPU take the production NCCL path
+    model = mics.shard_model(make_gpt(), shard_size=2)
+    ...
+assert device.take_counts()["launch"] > 0
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import gc
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch.distributed as dist
+
+from torch_mics import _C, _groups
+
+# Where the C++ tests are built: by default where tests/run.sh builds them.
+VARIABLE = "MICS_TEST_FAKES"
+_ROOT = Path(__file__).resolve().parents[3]
+
+
+def _path() -> Path:
+    directory = os.environ.get(VARIABLE) or _ROOT / ".build" / "python" / "fakes"
+    return Path(directory) / "nccl_fakes.so"
+
+
+def _reason() -> str | None:
+    if _path().exists() or os.environ.get(VARIABLE):  # named and not there is an error
+        return None
+    return "the C++ tests are not built here: bash tests/run.sh builds them"
+
+
+needs_fakes = pytest.mark.skipif(_reason() is not None, reason=str(_reason()))
+
+
+def load() -> Any:
+    """Gives the module."""
+    specification = importlib.util.spec_from_file_location("nccl_fakes", _path())
+    assert specification is not None, _path()
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@contextlib.contextmanager
+def over_fakes(
+    rank: int,
+    *,
+    seed: int = 0,
+    registration: _C.NcclRegistration = _C.NcclRegistration.NONE,
+    copy_engine: bool = False,
+) -> Iterator[Any]:
+    """Lets models of this rank find a world over the fakes; gives the device below it.
+
+    At its end nothing may be left: no fault, communicator, event, allocation or registration. Memory of
+    this process holds no numbers before it is written, from here to the end of the process.
+
+    Args:
+        seed: of random delays of every stream; 0: none.
+        registration: as of NcclWorld.
+        copy_engine: as of NcclWorld.
+    """
+    fakes = load()
+    fakes.poison_memory()
+    device = fakes.FakeDevice(rank, 0 if seed == 0 else seed + 1000 * rank)
+    world = device.make_world(
+        dist.PrefixStore("fakes", dist.distributed_c10d._get_default_store()),
+        world_size=dist.get_world_size(),
+        registration=registration,
+        copy_engine=copy_engine,
+    )
+    with mock.patch.object(_groups.Groups, "nccl_world", return_value=world):
+        yield device
+    world.close(datetime.timedelta(seconds=30))
+    del world
+    gc.collect()
+    assert device.faults == []
+    assert device.num_live_communicators == 0
+    assert device.num_held == 0

@@ -1,0 +1,127 @@
+"""The wrapper on the production NCCL code over fakes: ranks are processes, streams run late by chance.
+
+What a model comes to must be what it comes to over shared memory, to the bit: both sum in rank order.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from support.fakes import needs_fakes, over_fakes
+from support.models import batch, loss, make_gpt
+from support.ranks import run_ranks
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import torch_mics as mics
+from torch_mics import _C
+
+pytestmark = needs_fakes
+
+STEPS = 3
+MICRO_STEPS = 2
+SEEDS = (0, 1, 2)
+
+
+State = dict[str, torch.Tensor]
+
+BF16 = mics.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
+
+
+class Recomputed(nn.Module):
+    """A block whose activations are computed again in backward."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = checkpoint(self.block, x, use_reentrant=False)
+        return result
+
+
+def _train(rank: int, options: dict[str, Any], recomputes: bool = False) -> tuple[State, str]:
+    """Gives parameters, losses and norms of gradients, and what carried the collectives."""
+    model = make_gpt(tied=True)
+    if recomputes:
+        for index, block in enumerate(model.blocks):
+            model.blocks[index] = Recomputed(block)
+    model = mics.shard_model(model, **options)
+    optimizer = mics.optim.AdamW(model.parameters(), lr=1e-2)
+    numbers = []
+    for step in range(STEPS):
+        for micro_step in range(MICRO_STEPS):
+            with mics.microbatch(model, is_last=micro_step == MICRO_STEPS - 1):
+                value = loss(model, batch(step, micro_step, rank))
+                (value / MICRO_STEPS).backward()
+            numbers.append(value.detach())
+        numbers.append(mics.clip_grad_norm_(model.parameters(), 0.5))
+        optimizer.step()
+        optimizer.zero_grad()
+    state = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+    state["numbers"] = torch.stack([torch.as_tensor(number) for number in numbers])
+    return state, ", ".join(mics.backends(model).values())
+
+
+def _train_over_fakes(
+    rank: int, fakes: dict[str, Any], registration: str, *arguments: Any
+) -> tuple[State, str, dict[str, int]]:
+    kind = getattr(_C.NcclRegistration, registration)
+    with over_fakes(rank, registration=kind, **fakes) as device:
+        state, carriers = _train(rank, *arguments)
+        gc.collect()
+        counts = device.take_counts()
+    return state, carriers, counts
+
+
+def _expect_equal(size: int, per_node: int, fakes: dict[str, Any], registration: str, *arguments):
+    expected = run_ranks(size, _train, *arguments, ranks_per_node=per_node)
+    found = run_ranks(
+        size, _train_over_fakes, fakes, registration, *arguments, ranks_per_node=per_node
+    )
+    for (state, carriers, counts), (theirs, other_carriers) in zip(found, expected, strict=True):
+        assert "nccl" in carriers
+        assert "nccl" not in other_carriers
+        assert counts["launch"] > 0
+        for name, value in theirs.items():
+            assert torch.equal(state[name], value), name
+            assert not value.isnan().any(), name
+    return found
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    ("size", "per_node", "shard_size"),
+    [(2, 2, 2), (2, 1, 2), (2, 1, 1), (4, 2, 4), (4, 2, 2), (4, 4, 2), (4, 1, 4)],
+)
+def test_a_model_comes_to_the_same_bits(size: int, per_node: int, shard_size: int, seed: int):
+    _expect_equal(size, per_node, {"seed": seed}, "NONE", {"shard_size": shard_size})
+
+
+@pytest.mark.parametrize(
+    ("options", "recomputes"),
+    [
+        ({"mp_policy": BF16}, False),
+        ({"hierarchical_gather": False}, False),
+        ({"reshard_after_forward": False}, False),
+        ({"keep_between_microsteps": "full"}, False),
+        ({"keep_between_microsteps": "block", "reshard_after_forward": 2}, False),
+        ({"mp_policy": BF16}, True),
+    ],
+    ids=["bf16", "flat", "full-in-backward", "full", "block", "recomputed"],
+)
+def test_settings_come_to_the_same_bits(options: dict[str, Any], recomputes: bool):
+    _expect_equal(4, 2, {"seed": 3}, "NONE", {"shard_size": 4, **options}, recomputes)
+
+
+@pytest.mark.parametrize("registration", ["BUFFERS", "WINDOWS"])
+def test_registered_memory_comes_to_the_same_bits(registration: str):
+    has_windows = registration == "WINDOWS"
+    fakes = {"seed": 1, "copy_engine": has_windows}
+    found = _expect_equal(4, 2, fakes, registration, {"shard_size": 4})
+    for _, _, counts in found:
+        assert counts["mem_alloc"] == 1
+        assert counts.get("by a copy engine", 0) > 0 or not has_windows
