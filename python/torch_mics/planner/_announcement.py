@@ -23,7 +23,7 @@ from torch_mics.planner._published import (
     published_runs,
     tflops,
 )
-from torch_mics.planner._report import new_figure
+from torch_mics.planner._report import new_figure, use_log_scale
 
 _NAMES = {
     "mics": "MiCS",
@@ -156,10 +156,10 @@ def _plot(samples: Sequence[Sample], unit: str, *, is_log: bool, path: Path) -> 
         axes.set_xlabel("GPUs")
         axes.set_ylabel(unit)
         if is_log:
-            axes.set_yscale("log")
+            use_log_scale(axes)
         else:
             axes.set_ylim(0, 1.1 * max(max(s.predicted, s.published or 0) for s in samples))
         axes.set_title(panel)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="lower right" if is_log else "best")
     figure.savefig(path)

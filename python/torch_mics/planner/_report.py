@@ -189,7 +189,7 @@ def plot_plan(plan: Plan, path: Path) -> None:
     all_sizes = sorted({c.settings.partition_size for c in (*plan.leaders, *plan.misses)})
     limits = plan.calibration.limits()
     memory_axes.axhline(limits.usable * limits.capacity_nbytes / 1e9, linestyle="--", color="grey")
-    memory_axes.set_yscale("log")
+    use_log_scale(memory_axes)
     for axes, title in ((time_axes, "seconds per step"), (memory_axes, "GB of one rank")):
         axes.set_xscale("log", base=2)
         axes.set_xticks(all_sizes, [str(size) for size in all_sizes])
@@ -197,6 +197,16 @@ def plot_plan(plan: Plan, path: Path) -> None:
         axes.set_title(title)
         axes.legend()
     figure.savefig(path)
+
+
+def use_log_scale(axes: Any) -> None:
+    """Makes the y axis logarithmic, with plain numbers at 1, 2 and 5 times the powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def new_figure(width: float, height: float) -> Any:

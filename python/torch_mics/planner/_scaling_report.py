@@ -7,7 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torch_mics.planner._plan import Plan
-from torch_mics.planner._report import BUSY_TERMS, TIME_TERMS, new_figure, variant_name
+from torch_mics.planner._report import (
+    BUSY_TERMS,
+    TIME_TERMS,
+    new_figure,
+    use_log_scale,
+    variant_name,
+)
 from torch_mics.planner._scaling import SYSTEMS, Point, Scaling
 from torch_mics.planner._tables import Table
 
@@ -121,7 +127,7 @@ def plot_scaling(plan: Plan, points: Sequence[Point], path: Path) -> None:
                 hollow = {"markerfacecolor": "white", "color": line.get_color(), "zorder": 9}
                 axes.plot([gpus[i] for i in missed], [values[i] for i in missed], "o", **hollow)
         speed.set_title(f"{scaling} scaling")
-        speed.set_yscale("log")
+        use_log_scale(speed)
         speed.set_ylabel("samples per second")
         rate.set_ylim(bottom=0)
         rate.set_ylabel("TFLOP/s per GPU")
