@@ -310,12 +310,16 @@ class MiCSModule(FSDPModule):
         _refuse("set_custom_reduce_scatter", True, "use set_all_reduce_hook for the result")
 
     def set_allocate_memory_from_process_group_for_comm(self, enable: bool) -> None:
-        """Refused when True: buffers are the library's own."""
-        _refuse("set_allocate_memory_from_process_group_for_comm", enable, "leave it False")
+        """Refused when True: MICS_NCCL_REGISTRATION=buffers registers the library's own buffers."""
+        _refuse(
+            "set_allocate_memory_from_process_group_for_comm",
+            enable,
+            "set MICS_NCCL_REGISTRATION=buffers on every rank",
+        )
 
     def set_symm_mem_for_comm(self, backend: str = "NCCL") -> None:
-        """Refused: buffers are not symmetric memory."""
-        _refuse("set_symm_mem_for_comm", True, "do not call it")
+        """Refused: MICS_NCCL_REGISTRATION=windows asks for symmetric memory, for all communicators."""
+        _refuse("set_symm_mem_for_comm", True, "set MICS_NCCL_REGISTRATION=windows on every rank")
 
     def _set_unshard_async_op(self, async_op: bool) -> None:
         """Gathers always run beside compute, on streams of their own; both values give that."""
