@@ -6,12 +6,15 @@ What a model comes to must be what it comes to over shared memory, to the bit: b
 from __future__ import annotations
 
 import gc
+import os
 from typing import Any
 
 import pytest
 import torch
+from support.bodies import RANKS_PER_NODE, World
 from support.fakes import needs_fakes, over_fakes
 from support.models import batch, loss, make_gpt
+from support.programs import RandomProgram
 from support.ranks import run_ranks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -125,3 +128,22 @@ def test_registered_memory_comes_to_the_same_bits(registration: str):
     for _, _, counts in found:
         assert counts["mem_alloc"] == 1
         assert counts.get("by a copy engine", 0) > 0 or not has_windows
+
+
+def _run_program(rank: int, shard_size: int, seed: int, registration: str) -> int:
+    kind = getattr(_C.NcclRegistration, registration)
+    with over_fakes(rank, seed=seed + 1, registration=kind) as device:
+        mesh = mics.init_mesh(shard_size, device_type="cpu", gpus_per_node=RANKS_PER_NODE)
+        RandomProgram(World(rank, mesh), seed).run()
+        gc.collect()
+        count: int = device.take_counts()["launch"]
+    return count
+
+
+@pytest.mark.parametrize("registration", ["NONE", "WINDOWS"])
+@pytest.mark.parametrize("seed", range(1000, 1060 if os.environ.get("MICS_WIDE") else 1006))
+@pytest.mark.parametrize("shard_size", [4, 2])
+def test_random_programs_do_what_they_do_in_one_process(
+    shard_size: int, seed: int, registration: str
+):
+    assert min(run_ranks(4, _run_program, shard_size, seed, registration)) > 0

@@ -101,7 +101,15 @@ def _failures(module: str, keys: tuple[str, ...]) -> dict[str, list[str]]:
     with tempfile.TemporaryDirectory() as directory:
         failure = "rank {} did not run it."
         try:
-            run_ranks(WORLD, _run_bodies, module, keys, directory, ranks_per_node=RANKS_PER_NODE)
+            run_ranks(
+                WORLD,
+                _run_bodies,
+                module,
+                keys,
+                directory,
+                ranks_per_node=RANKS_PER_NODE,
+                timeout=max(240.0, 5.0 * len(keys)),
+            )
         except RankFailure as error:
             failure = f"rank {{}} did not end it, or did not run it: {error}"
         files = [pathlib.Path(directory, str(rank)) for rank in range(WORLD)]
