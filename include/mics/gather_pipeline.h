@@ -45,14 +45,10 @@ class GatherPipeline {
   void set_memory(RuntimeMemory* memory) { memory_ = memory; }
 
   // Makes gathers that start from here on wait for what compute was given until now, if any shard
-  // was written since the last call.
+  // was written since the last call. So was that of a unit whose gradient is gone: an optimizer has
+  // used it, on ranks too that hold no row, where it had nothing to write and no version moved. All
+  // ranks must gather alike.
   void order_after_shard_writes();
-
-  // What is kept of the unit is not used again, and what starts from here on waits for compute, as
-  // after a write that version counters saw. For a boundary: the optimizer comes next, and a rank
-  // without a row of the unit may have nothing to write, nor a kernel of its own a counter to move;
-  // but all ranks must gather alike.
-  void expect_write(int unit);
 
   // False, and nothing is done: no memory is free and `may_grow` is not set.
   bool start_rail(int unit, bool may_grow);

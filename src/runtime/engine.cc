@@ -391,7 +391,6 @@ void Engine::synchronize_pending() {
   for (const int index : finished) {
     const auto last = flag + unit(index).num_trainable();
     unit(index).expose(std::vector<bool>(flag, last));
-    gathers_.expect_write(index);
     flag = last;
   }
 }

@@ -28,9 +28,18 @@ Stream& GatherPipeline::block_stream(const Unit& unit) {
 void GatherPipeline::order_after_shard_writes() {
   bool is_written = false;
   for (size_t i = 0; i < units_.size(); ++i) {
+    State& kept = states_[i];
     const int64_t version = units_[i]->shard_version();
-    if (states_[i].ordered_version == version) continue;
-    states_[i].ordered_version = version;
+    const bool is_used_up = units_[i]->take_used_up();
+    if (kept.ordered_version == version) {
+      if (!is_used_up) continue;
+      // No version tells, so what is kept must not look current.
+      if (kept.full_version.has_value()) kept.full_version = kNoVersion;
+      if (kept.block_version.has_value()) kept.block_version = kNoVersion;
+    } else {
+      units_[i]->forget_exposed();
+    }
+    kept.ordered_version = version;
     is_written = true;
   }
   if (!is_written) return;
@@ -42,13 +51,6 @@ void GatherPipeline::order_after_shard_writes() {
 // A write in the middle of a step.
 void GatherPipeline::order(int index, int64_t version) {
   if (state(index).ordered_version != version) order_after_shard_writes();
-}
-
-void GatherPipeline::expect_write(int index) {
-  State& kept = state(index);
-  if (kept.full_version.has_value()) kept.full_version = kNoVersion;
-  if (kept.block_version.has_value()) kept.block_version = kNoVersion;
-  kept.ordered_version = kNoVersion;
 }
 
 bool GatherPipeline::take_block(int index, bool may_grow) {
