@@ -239,6 +239,34 @@ TEST(NcclMemory, AFailureEndsTheWorldOnEveryRank) {
   EXPECT_TRUE(has(errors[0], "world_rank 1") || has(errors[0], "rank 1")) << errors[0];
 }
 
+// NCCL's own thread writes what is registered, later.
+TEST(NcclMemory, NonBlockingRegistrationEndsOrIsGivenUpInTime) {
+  for (const bool is_alone : {false, true}) {
+    NcclRanks ranks(2);
+    ask(ranks, 2, kWindows);
+    for (int rank = 0; rank < 2; ++rank) {
+      ranks.options(rank).is_blocking = false;
+      ranks.options(rank).init_timeout = std::chrono::milliseconds(is_alone ? 500 : 60000);
+    }
+    const auto errors = errors_of(2, [&](int rank) {
+      const auto world = ranks.make_world(rank);
+      const auto communicator = world->make_communicator(group_of({0, 1}, rank));
+      const at::Tensor memory = communicator->allocate(4096);
+      const auto stream = world->make_stream(false);
+      std::shared_ptr<void> registration;
+      if (rank == 0 || !is_alone) registration = communicator->register_memory(memory);
+      communicator->all_reduce(memory.view(at::kFloat).zero_(), *stream);
+      stream->synchronize();
+      EXPECT_NE(registration, nullptr);
+      registration.reset();
+      world->close(std::chrono::seconds(30));
+    });
+    EXPECT_EQ(has(errors[0], "ncclCommWindowRegister must end in time"), is_alone) << errors[0];
+    EXPECT_EQ(errors[1].empty(), !is_alone) << errors[1];
+    EXPECT_EQ(ranks.network().num_live_comms, 0);
+  }
+}
+
 TEST(NcclMemory, NoMemoryIsAnError) {
   NcclRanks ranks(1);
   ask(ranks, 1, kBuffers);

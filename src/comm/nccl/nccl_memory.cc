@@ -41,7 +41,7 @@ std::shared_ptr<void> NcclMemory::register_with(const std::shared_ptr<NcclHandle
   ncclComm_t comm = handle->get();
   MICS_INTERNAL_CHECK(comm != nullptr, "memory is registered with a communicator that has ended.");
   const auto nbytes = static_cast<size_t>(memory.nbytes());
-  void* registered = nullptr;
+  void*& registered = registered_.emplace_back(nullptr);
   const ncclResult_t result =
       is_window ? nccl_->comm_window_register(comm, memory.mutable_data_ptr(), nbytes, &registered)
                 : nccl_->comm_register(comm, memory.mutable_data_ptr(), nbytes, &registered);

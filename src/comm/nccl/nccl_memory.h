@@ -9,6 +9,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <chrono>
+#include <deque>
 #include <memory>
 #include <string>
 #include <vector>
@@ -42,6 +43,8 @@ class NcclMemory {
   const NcclRegistration asked_;
   const std::chrono::milliseconds timeout_;
   NcclRegistration used_;
+  // Where NCCL writes what it registers; in non-blocking mode also after a call that was given up.
+  std::deque<void*> registered_;
   std::vector<std::string> without_window_;  // communicators
 };
 

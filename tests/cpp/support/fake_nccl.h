@@ -11,6 +11,7 @@
 //     it is a collective, and not beside operations
 #pragma once
 
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -18,6 +19,7 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -32,6 +34,14 @@ class FakeNccl final : public NcclApi {
  public:
   FakeNccl(std::shared_ptr<FakeNetwork> network, std::shared_ptr<FakeCuda> cuda)
       : network_(std::move(network)), cuda_(std::move(cuda)) {}
+
+  ~FakeNccl() override {
+    while (own_stream_ != nullptr && cuda_->stream_query(own_stream_) == cudaErrorNotReady) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+  }
+  FakeNccl(const FakeNccl&) = delete;
+  FakeNccl& operator=(const FakeNccl&) = delete;
 
   // --- faults
   // --------------------------------------------------------------------------------------
@@ -234,13 +244,14 @@ class FakeNccl final : public NcclApi {
     made->members = network_->join(key, size, rank);
     made->rank = rank;
     made->cta_policy = config.CTAPolicy;
+    made->is_blocking = config.blocking != 0;
     *comm = reinterpret_cast<ncclComm_t>(made.get());
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       comms_.emplace(*comm, made);
     }
     ++network_->num_live_comms;
-    if (config.blocking == 0) {
+    if (!made->is_blocking) {
       made->is_ready = false;
       // NCCL's own thread.
       cuda_->on_stream(own_stream(), [made, stalls = stalls_starts_] {
@@ -272,16 +283,26 @@ class FakeNccl final : public NcclApi {
       }
     }
     check_idle(*found, call);
+    const Registration made{found, memory, nbytes, is_window};
+    if (found->is_blocking) return meet_and_register(made, handle);
+    found->is_ready = false;
+    // NCCL's own thread, which writes the handle later.
+    cuda_->on_stream(own_stream(), [this, made, handle] {
+      if (meet_and_register(made, handle) == ncclSuccess) made.comm->is_ready = true;
+    });
+    return ncclInProgress;
+  }
+  ncclResult_t meet_and_register(const Registration& made, void** handle) {
     FakeCall meeting;
     meeting.kind = FakeCall::Kind::kRegister;
-    meeting.count = nbytes;
-    found->members->run(found->rank, {meeting}, found->is_aborted);
-    if (found->is_aborted) return ncclInternalError;
+    meeting.count = made.nbytes;
+    made.comm->members->run(made.comm->rank, {meeting}, made.comm->is_aborted);
     *handle = nullptr;
-    if (is_window && !gives_windows_) return ncclSuccess;
+    if (made.comm->is_aborted) return ncclInternalError;
+    if (made.is_window && !gives_windows_) return ncclSuccess;
     const std::lock_guard<std::mutex> lock(mutex_);
     *handle = reinterpret_cast<void*>(++num_registrations_);
-    registrations_.emplace(*handle, Registration{found, memory, nbytes, is_window});
+    registrations_.emplace(*handle, made);
     return ncclSuccess;
   }
   ncclResult_t end_registration(const char* call, ncclComm_t comm, void* handle) {

@@ -73,7 +73,8 @@ struct FakeComm {
   int rank = 0;
   int num_splits = 0;
   int cta_policy = 0;
-  std::atomic<bool> is_ready = true;  // false: a start in non-blocking mode
+  bool is_blocking = true;
+  std::atomic<bool> is_ready = true;  // false: a call in non-blocking mode is under way
   std::atomic<bool> is_aborted = false;
   std::atomic<ncclResult_t> async_error = ncclSuccess;
   std::mutex mutex;
