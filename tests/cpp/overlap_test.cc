@@ -70,7 +70,10 @@ class Links {
       return made;
     };
   }
-  // Seconds of the operations of one unit, as the last step had them.
+  void forget_durations() {
+    for (const auto& [name, timed] : timed_) timed->forget_durations();
+  }
+  // Seconds of the operations of one unit, as the last step had them on average.
   [[nodiscard]] StepOperation operation() const {
     StepOperation seconds;
     seconds.gather_rail = duration_of("gather/rail");
@@ -98,7 +101,7 @@ class Links {
   }
   [[nodiscard]] double duration_of(const std::string& name) const {
     const auto found = timed_.find(name);
-    return found == timed_.end() ? 0 : found->second->last_duration().count();
+    return found == timed_.end() ? 0 : found->second->mean_duration().count();
   }
 
   LocalWorld& world_;
@@ -194,6 +197,7 @@ Measured measure(const Shape& shape) {
       const Clock::time_point start = Clock::now();
       const Seconds before = exposed_so_far(model.engine());
       computed = Seconds(0);
+      links.forget_durations();
       run_step(model, shape, rank);
       const Seconds seconds = Clock::now() - start;
       if (rank == 0 && step >= 2 && seconds < best.step) {

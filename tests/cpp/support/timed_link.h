@@ -26,17 +26,18 @@ class TimedLink {
   [[nodiscard]] Seconds duration(int64_t nbytes) const {
     return latency_ + per_byte_ * static_cast<double>(nbytes);
   }
-  // Returns when the operation is over.
-  void carry(int64_t nbytes) {
+  // Returns when the operation is over, with what it took from its turn on: timers are late.
+  Seconds carry(int64_t nbytes) {
     using Clock = std::chrono::steady_clock;
+    Clock::time_point start;
     Clock::time_point end;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      free_ = std::max(free_, Clock::now()) +
-              std::chrono::duration_cast<Clock::duration>(duration(nbytes));
-      end = free_;
+      start = std::max(free_, Clock::now());
+      end = free_ = start + std::chrono::duration_cast<Clock::duration>(duration(nbytes));
     }
     std::this_thread::sleep_until(end);
+    return Clock::now() - start;
   }
 
  private:
@@ -55,8 +56,14 @@ class TimedCommunicator final : public Communicator {
         link_(link),
         now_(make_inline_stream()) {}
   void barrier() override { inner_->barrier(); }
-  // Of the last operation. Read while nothing is queued.
-  [[nodiscard]] Seconds last_duration() const { return last_duration_; }
+  // Of operations since forget_durations(); none: 0. Both while nothing is queued.
+  [[nodiscard]] Seconds mean_duration() const {
+    return num_carried_ == 0 ? Seconds(0) : carried_ / num_carried_;
+  }
+  void forget_durations() {
+    carried_ = Seconds(0);
+    num_carried_ = 0;
+  }
 
  protected:
   Route gather_route() const override { return Route::kDirect; }
@@ -79,8 +86,8 @@ class TimedCommunicator final : public Communicator {
 
  private:
   void carry(int64_t nbytes) {
-    last_duration_ = link_.duration(nbytes);
-    link_.carry(nbytes);
+    carried_ += link_.carry(nbytes);
+    ++num_carried_;
   }
   static int64_t difference(const at::Tensor& larger, const at::Tensor& smaller) {
     return static_cast<int64_t>(larger.nbytes()) - static_cast<int64_t>(smaller.nbytes());
@@ -89,7 +96,8 @@ class TimedCommunicator final : public Communicator {
   const std::unique_ptr<Communicator> inner_;
   TimedLink& link_;
   const std::unique_ptr<Stream> now_;
-  Seconds last_duration_{0};
+  Seconds carried_{0};
+  int num_carried_ = 0;
 };
 
 }  // namespace mics::testing
