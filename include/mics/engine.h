@@ -123,6 +123,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   void ensure_memory();
   [[nodiscard]] MemoryKey memory_key() const;
   void drop_memory();
+  void free_memory();
   // `unit` is needed now, as the `order` of the phase goes on.
   void use(int unit);
   void gather_ahead(int unit);

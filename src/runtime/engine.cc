@@ -86,7 +86,11 @@ void Engine::ensure_memory() {
 void Engine::drop_memory() {
   for (Stream* stream : streams_->communication()) stream->synchronize();
   gathers_.reset();
-  // They hold what their last operations worked in.
+  free_memory();
+}
+
+// The streams are empty, but communicators hold what their last operations worked in.
+void Engine::free_memory() {
   for (Communicator* communicator : hop_communicators(units_)) communicator->release_finished();
   agreement_.release_finished();
   memory_ = nullptr;
@@ -418,7 +422,7 @@ void Engine::reset_pipelines() {
   gathers_.reset();
   reduces_.reset();
   agreement_.reset();
-  memory_ = nullptr;
+  free_memory();
 }
 
 void Engine::reset() {

@@ -128,6 +128,9 @@ TEST(NcclMemory, AnotherPlanIsRegisteredAnew) {
     EXPECT_EQ(take(counts, "comm_window_register"), 4);
     one.model().engine().release_memory();
     EXPECT_EQ(ranks.nccl(rank).num_held(), 0);
+    train(one.model(), rank, 1);
+    one.model().engine().reset();  // as after an exception
+    EXPECT_EQ(ranks.nccl(rank).num_held(), 0);
   });
   EXPECT_EQ(ranks.network().faults(), std::vector<std::string>());
 }

@@ -34,7 +34,10 @@ class NcclCommunicator final : public Communicator {
   ~NcclCommunicator() override;
 
   void barrier() override;
-  void release_finished() override { in_flight_->reclaim(); }
+  // Nothing once the world has failed: a look at the device would throw.
+  void release_finished() override {
+    if (!shared_.context->failure->is_set()) in_flight_->reclaim();
+  }
   at::Tensor allocate(int64_t nbytes) override { return shared_.memory->allocate(nbytes); }
   std::shared_ptr<void> register_memory(const at::Tensor& memory) override;
   std::unique_ptr<Stream> make_caller_stream() const override {
