@@ -62,6 +62,10 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // Starts to gather `unit`; what is started is kept for the next use.
   void prefetch(int unit);
   void reshard(int unit);
+  // The shards of `units` were written, by an optimizer's step for example: what was gathered from
+  // them is old. On all ranks alike. Writes that nobody tells of are seen by the next forward that
+  // is not inside an accumulation.
+  void note_written(const std::vector<int>& units);
   // Units to gather, in this order, as soon as a forward or backward of `unit` begins; instead of
   // what was recorded. Empty: what was recorded.
   void set_forward_prefetch(int unit, std::vector<int> ahead);
@@ -133,6 +137,10 @@ class Engine : public std::enable_shared_from_this<Engine> {
   [[nodiscard]] bool stays_full(int unit) const;
   [[nodiscard]] const std::vector<int>& upcoming(int depth);
   void begin_forward();
+  [[nodiscard]] bool is_accumulating() const;
+  void begin_request(int unit);
+  void end_request(int unit);
+  void start_retained(int unit);
   void end_phase();
   void begin_backward();
   void enter_backward(const OpenCall& entered, int unit);

@@ -7,8 +7,8 @@
 //   finish(u)       compute waits, the module gets the full parameters
 //   reshard(u)      the module gets the sharded ones; memory goes back
 //
-// Each step starts the ones before it that are missing. A gather is current while the shard has
-// not been written since; one that is not is run again, never used.
+// Each step starts the ones before it that are missing. What was gathered is used only while it is
+// current (see Weights); else it is gathered again.
 //
 // Order duties, all by events:
 //   a gather reads the shard after compute wrote it       (order_after_shard_writes)
@@ -44,10 +44,17 @@ class GatherPipeline {
   // Where gathers go; to be set before the first start. Only while nothing is held or started.
   void set_memory(RuntimeMemory* memory) { memory_ = memory; }
 
+  // An outermost forward begins, or ends. `is_new`: no accumulation is open, so the forward uses
+  // nothing that was gathered for an earlier one: shards may have been written since in ways that
+  // no version counter tells of (`p.data`, foreach kernels). What was requested by hand stays.
+  void begin_forward(bool is_new);
+  void end_forward() { in_forward_ = false; }
+  // The shard was written, or may have been: what was gathered from it is old. On all ranks alike.
+  void note_written(int unit) { ++state(unit).num_writes; }
+  // An accumulation ends: what follows is a write.
+  void note_boundary() { ++num_boundaries_; }
   // Makes gathers that start from here on wait for what compute was given until now, if any shard
-  // was written since the last call. So was that of a unit whose gradient is gone: an optimizer has
-  // used it, on ranks too that hold no row, where it had nothing to write and no version moved. All
-  // ranks must gather alike.
+  // may have been written since the last call.
   void order_after_shard_writes();
 
   // False, and nothing is done: no memory is free and `may_grow` is not set.
@@ -65,6 +72,9 @@ class GatherPipeline {
   void keep(int unit);
   // Exempts a started unit from drop_unused() until its next finish() or reshard().
   void retain(int unit);
+  // By hand: what the unit has, or gets next, serves the forwards to come, until it is freed.
+  void request(int unit) { state(unit).is_requested = true; }
+  void forget_request(int unit) { state(unit).is_requested = false; }
   // Frees what was started or kept for a use that did not come.
   void drop_unused();
   // The unit's full parameters are current, in memory of its own, and not only started ahead.
@@ -82,16 +92,29 @@ class GatherPipeline {
     const void* block = nullptr;
     std::vector<TensorPair> pairs;
   };
-  static constexpr int64_t kNoVersion = -1;  // no shard ever has it
+  // Which values of a shard: those after `num_writes` writes that were told of, with `version` in
+  // its version counters, since the last of `num_boundaries` and, where a forward asks, as of
+  // outermost forward `forward`. A copy of other values is old. Version counters alone are not
+  // enough, as many writes move none; they may shorten the life of a copy, never lengthen it. Ranks
+  // decide alike: the same calls are made on all, and torch counts on all.
+  struct Weights {
+    int64_t num_writes = 0;
+    int64_t version = 0;
+    int64_t num_boundaries = 0;
+    int64_t forward = 0;
+    friend bool operator==(const Weights&, const Weights&) = default;
+  };
   struct State {
     Slot* full = nullptr;
     Slot* block = nullptr;
-    std::optional<int64_t> full_version;  // of the shard that was gathered; nullopt: nothing
-    std::optional<int64_t> block_version;
-    int64_t ordered_version = kNoVersion;  // gathers wait for compute's writes up to it
+    std::optional<Weights> full_of;  // what was gathered; nullopt: nothing
+    std::optional<Weights> block_of;
+    std::optional<Weights> ordered;  // gathers wait for what compute wrote up to here
+    int64_t num_writes = 0;
     bool is_held = false;
-    bool is_retained = false;  // not to be dropped as unused
-    bool is_awaited = false;   // compute has waited for this gather
+    bool is_retained = false;   // not to be dropped as unused
+    bool is_requested = false;  // by hand
+    bool is_awaited = false;    // compute has waited for this gather
     std::chrono::nanoseconds exposed{0};
     std::unique_ptr<Event> block_written;
     std::unique_ptr<Event> full_written;
@@ -102,7 +125,10 @@ class GatherPipeline {
   [[nodiscard]] State& state(int index) { return states_[static_cast<size_t>(index)]; }
   [[nodiscard]] Stream& block_stream(const Unit& unit);
   void make_events(int index);
-  void order(int index, int64_t version);
+  [[nodiscard]] Weights weights(int index) const;
+  // `of` may be used for `index` now.
+  [[nodiscard]] bool is_current(int index, const std::optional<Weights>& of) const;
+  void order(int index);
   [[nodiscard]] bool take_full(int index, bool may_grow);
   [[nodiscard]] bool take_block(int index, bool may_grow);
   void free_full(int index);
@@ -116,6 +142,9 @@ class GatherPipeline {
   RuntimeMemory* memory_ = nullptr;
   const std::unique_ptr<Event> shards_written_;
   std::vector<State> states_;
+  int64_t num_boundaries_ = 0;
+  int64_t num_forwards_ = 0;  // outermost ones that were new
+  bool in_forward_ = false;
 };
 
 }  // namespace mics

@@ -123,12 +123,8 @@ class Unit {
   // Called with true when the module must hold the full parameters and with false when it must hold
   // the sharded ones.
   void set_exchange(std::function<void(bool)> exchange) { exchange_ = std::move(exchange); }
-  // True once after the user has taken all synchronised gradients away, as after a step. False when
-  // forget_exposed() came between.
-  [[nodiscard]] bool take_used_up();
-  void forget_exposed() { is_exposed_ = false; }
-  // Moves with every write to the shard: version counters of the shard (shared with its views) and
-  // of the sharded parameters (an optimizer that works on a DTensor counts there only).
+  // Version counters of the shard (shared with its views) and of the sharded parameters: most
+  // writes move it, but not all.
   [[nodiscard]] int64_t shard_version() const;
   // Lets the full parameters lie in `memory` [full_nbytes], which must outlive detach().
   void attach(const at::Tensor& memory) { full_.attach(memory); }
@@ -204,7 +200,6 @@ class Unit {
   at::Tensor pending_;   // options_.gradient, separate_ or a tensor of its own; undefined: nothing
   at::Tensor hidden_;    // likewise, never the same as pending_
   bool has_pending_block_ = false;
-  bool is_exposed_ = false;  // gradients have become visible, and no step was seen since
   // The same on every rank, unlike whether there is a full gradient.
   bool is_deferred_ = false;
   std::vector<bool> used_;

@@ -143,6 +143,7 @@ void bind_runtime(py::module_& module) {
       .def("unshard", &Engine::unshard, py::arg("unit"), Release())
       .def("reshard", &Engine::reshard, py::arg("unit"), Release())
       .def("prefetch", &Engine::prefetch, py::arg("unit"), Release())
+      .def("note_written", &Engine::note_written, py::arg("units"))
       .def("set_forward_prefetch", &Engine::set_forward_prefetch, py::arg("unit"), py::arg("ahead"))
       .def("set_backward_prefetch", &Engine::set_backward_prefetch, py::arg("unit"),
            py::arg("ahead"))

@@ -72,7 +72,7 @@ def fully_shard(
             and crosses nodes once per step; "local" keeps full gradients, as FSDP2.
         keep_between_microsteps: what stays of the full parameters from one micro-step to the next:
             "shard" (nothing), "block" (the node block: nodes are crossed once per step) or "full".
-            What is kept is gathered anew once the shard has been written.
+            Every accumulation starts with a gather of the weights as they are.
 
     Returns:
         `module`, whose class is now a subclass of MiCSModule and of its own class.

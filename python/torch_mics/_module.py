@@ -121,10 +121,10 @@ class MiCSModule(FSDPModule):
     def set_reshard_after_backward(
         self, reshard_after_backward: bool, *, recurse: bool = True
     ) -> None:
-        """Whether backward frees the full parameters. A later forward gathers changed ones again.
+        """Whether backward frees the full parameters.
 
-        False keeps them from backward to the next forward, which frees them as set_reshard_after_forward()
-        says; set_keep_between_microsteps("full") keeps them in between too.
+        False keeps them from backward to the next forward of the same accumulation, which frees them as
+        set_reshard_after_forward() says; set_keep_between_microsteps("full") keeps them in between too.
         """
         self._set("reshard_after_backward", reshard_after_backward, recurse=recurse)
 

@@ -1,21 +1,32 @@
-"""Refuses optimizer steps that would silently train something else than the model."""
+"""What the library sees of optimizer steps.
+
+A step that would silently train something else than the model is refused; after a step what was gathered
+from the old weights is old.
+"""
 
 from __future__ import annotations
 
 import functools
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from torch_mics._unit import ShardedUnit
+
+if TYPE_CHECKING:
+    from torch_mics._context import Context
 
 
 @functools.cache
 def install_optimizer_checks() -> None:
     """Checks every optimizer's step in this process from now on; once."""
     register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -29,6 +40,16 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
                 f"synchronised in units {names}. Run the last micro-step outside no_sync(), or with "
                 "microbatch(model, is_last=True)."
             )
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """The kernels of an optimizer need not move a version counter."""
+    written: dict[Context, list[int]] = {}
+    for unit in _units_of(optimizer):
+        if unit.context is not None:
+            written.setdefault(unit.context, []).append(unit.index)
+    for context, indices in written.items():
+        context.engine.note_written(indices)
 
 
 def _units_of(optimizer: torch.optim.Optimizer) -> list[ShardedUnit]:

@@ -167,7 +167,7 @@ void Engine::gather_ahead(int unit) {
       orders_.is_open(PhaseOrders::Kind::kBackward) ? backward_prefetch_ : forward_prefetch_;
   const std::vector<int>& explicit_list = lists[static_cast<size_t>(unit)];
   if (!explicit_list.empty()) {
-    for (const int ahead : explicit_list) prefetch(ahead);
+    for (const int ahead : explicit_list) start_retained(ahead);
     return;
   }
   start_ahead();
@@ -230,8 +230,20 @@ void Engine::begin_forward() {
       memory_key() != memory_key_) {
     drop_memory();
   }
+  gathers_.begin_forward(/*is_new=*/!is_accumulating());
   ensure_memory();
   begin_phase(PhaseOrders::Kind::kForward);
+}
+
+// A backward has run that was no boundary, and no boundary since. The same on every rank.
+bool Engine::is_accumulating() const {
+  return std::any_of(units_.begin(), units_.end(), [](const std::shared_ptr<Unit>& unit) {
+    return unit->has_pending() || unit->is_deferred() || unit->hidden().defined();
+  });
+}
+
+void Engine::note_written(const std::vector<int>& units) {
+  for (const int unit : units) gathers_.note_written(unit);
 }
 
 bool Engine::has_failed() const {
@@ -240,13 +252,33 @@ bool Engine::has_failed() const {
                      [](const Stream* stream) { return stream->has_failed(); });
 }
 
-void Engine::unshard(int unit) {
+// Both give the weights as they are now, as the first forward of a step does.
+void Engine::begin_request(int unit) {
+  if (forward_depth_ == 0 && backward_alive_.expired()) {
+    gathers_.forget_request(unit);
+    gathers_.begin_forward(/*is_new=*/!is_accumulating());
+  }
   ensure_memory();
+}
+
+void Engine::end_request(int unit) {
+  gathers_.request(unit);
+  if (forward_depth_ == 0) gathers_.end_forward();
+}
+
+void Engine::unshard(int unit) {
+  begin_request(unit);
   gathers_.finish(unit);
+  end_request(unit);
 }
 
 void Engine::prefetch(int unit) {
-  ensure_memory();
+  begin_request(unit);
+  start_retained(unit);
+  end_request(unit);
+}
+
+void Engine::start_retained(int unit) {
   MICS_INTERNAL_CHECK(gathers_.start_intra(unit, /*may_grow=*/true), "no memory for a gather.");
   gathers_.retain(unit);
 }
@@ -297,6 +329,7 @@ void Engine::post_forward(int unit, bool failed) {
   if (--forward_depth_ == 0) {
     forward_tape_ = nullptr;
     end_phase();
+    gathers_.end_forward();
   }
 }
 
@@ -391,6 +424,7 @@ void Engine::synchronize_pending() {
   used = agreement_.sum(used, memory_->flags());
   for (const int index : finished) reduces_.wait(index);
   agreement_.check(memory_->flags());
+  gathers_.note_boundary();
   auto flag = used.begin();
   for (const int index : finished) {
     const auto last = flag + unit(index).num_trainable();
@@ -429,6 +463,7 @@ void Engine::reset() {
   schedule_.reset();
   for (std::vector<OpenCall>& calls : open_calls_) calls.clear();
   forward_depth_ = 0;
+  gathers_.end_forward();
   forward_tape_ = nullptr;
   recomputation_tape_ = nullptr;
   backward_alive_.reset();

@@ -25,32 +25,42 @@ Stream& GatherPipeline::block_stream(const Unit& unit) {
   return unit.num_nodes() > 1 ? *streams_.gather_rail : *streams_.gather_intra;
 }
 
+GatherPipeline::Weights GatherPipeline::weights(int index) const {
+  const auto i = static_cast<size_t>(index);
+  return {states_[i].num_writes, units_[i]->shard_version(), num_boundaries_, num_forwards_};
+}
+
+bool GatherPipeline::is_current(int index, const std::optional<Weights>& of) const {
+  if (!of.has_value()) return false;
+  Weights now = weights(index);
+  // A backward uses what its forward used.
+  if (!in_forward_ || states_[static_cast<size_t>(index)].is_requested) now.forward = of->forward;
+  return *of == now;
+}
+
+void GatherPipeline::begin_forward(bool is_new) {
+  if (is_new) ++num_forwards_;
+  in_forward_ = true;
+}
+
 void GatherPipeline::order_after_shard_writes() {
-  bool is_written = false;
+  bool may_be_written = false;
   for (size_t i = 0; i < units_.size(); ++i) {
-    State& kept = states_[i];
-    const int64_t version = units_[i]->shard_version();
-    const bool is_used_up = units_[i]->take_used_up();
-    if (kept.ordered_version == version) {
-      if (!is_used_up) continue;
-      // No version tells, so what is kept must not look current.
-      if (kept.full_version.has_value()) kept.full_version = kNoVersion;
-      if (kept.block_version.has_value()) kept.block_version = kNoVersion;
-    } else {
-      units_[i]->forget_exposed();
-    }
-    kept.ordered_version = version;
-    is_written = true;
+    const Weights now = weights(static_cast<int>(i));
+    std::optional<Weights>& ordered = states_[i].ordered;
+    if (ordered == now) continue;
+    ordered = now;
+    may_be_written = true;
   }
-  if (!is_written) return;
+  if (!may_be_written) return;
   streams_.compute->record(*shards_written_);
   streams_.gather_rail->wait(*shards_written_);
   streams_.gather_intra->wait(*shards_written_);
 }
 
 // A write in the middle of a step.
-void GatherPipeline::order(int index, int64_t version) {
-  if (state(index).ordered_version != version) order_after_shard_writes();
+void GatherPipeline::order(int index) {
+  if (state(index).ordered != weights(index)) order_after_shard_writes();
 }
 
 bool GatherPipeline::take_block(int index, bool may_grow) {
@@ -75,7 +85,7 @@ bool GatherPipeline::take_full(int index, bool may_grow) {
 
 void GatherPipeline::free_block(int index) {
   State& taken = state(index);
-  taken.block_version.reset();
+  taken.block_of.reset();
   if (taken.block == nullptr) return;
   if (taken.block != memory_->block_home(index)) memory_->block_slots().give_back(taken.block);
   taken.block = nullptr;
@@ -85,8 +95,9 @@ void GatherPipeline::free_block(int index) {
 void GatherPipeline::free_full(int index) {
   State& taken = state(index);
   unit(index).detach();
-  taken.full_version.reset();
+  taken.full_of.reset();
   taken.is_retained = false;
+  taken.is_requested = false;
   taken.is_awaited = false;
   if (taken.full == nullptr) return;
   streams_.compute->note_read(taken.full->memory);
@@ -98,14 +109,13 @@ void GatherPipeline::free_full(int index) {
 bool GatherPipeline::start_rail(int index, bool may_grow) {
   Unit& started = unit(index);
   State& to = state(index);
-  const int64_t version = started.shard_version();
-  if (!started.has_block() || to.block_version == version || to.full_version == version) {
+  if (!started.has_block() || is_current(index, to.block_of) || is_current(index, to.full_of)) {
     return true;
   }
   if (!take_block(index, may_grow)) return false;
   const c10::InferenceMode no_inference(false);
   const c10::NoGradGuard no_grad;
-  order(index, version);
+  order(index);
   Stream& stream = block_stream(started);
   stream.wait(*to.block->free);
   const HopCommunicators& hops = started.communicators().gather;
@@ -127,7 +137,7 @@ bool GatherPipeline::start_rail(int index, bool may_grow) {
     hops.rail->all_gather(block, own, stream, started.name());
   }
   stream.record(*to.block_written);
-  to.block_version = version;
+  to.block_of = weights(index);
   return true;
 }
 
@@ -172,10 +182,9 @@ void GatherPipeline::send_intra(int index) {
 bool GatherPipeline::start_intra(int index, bool may_grow) {
   Unit& started = unit(index);
   State& to = state(index);
-  const int64_t version = started.shard_version();
-  if (to.full_version == version) return true;
+  if (is_current(index, to.full_of)) return true;
   if (started.full_is_shard()) {
-    to.full_version = version;
+    to.full_of = weights(index);
     return true;
   }
   const bool had_full = to.full != nullptr;
@@ -186,9 +195,9 @@ bool GatherPipeline::start_intra(int index, bool may_grow) {
   }
   const c10::InferenceMode no_inference(false);
   const c10::NoGradGuard no_grad;
-  order(index, version);
+  order(index);
   Stream& stream = *streams_.gather_intra;
-  to.full_version.reset();
+  to.full_of.reset();
   to.is_awaited = false;
   if (started.num_nodes() > 1) stream.wait(*to.block_written);
   stream.wait(*to.full->free);
@@ -196,7 +205,7 @@ bool GatherPipeline::start_intra(int index, bool may_grow) {
   stream.record(*to.full_written);
   if (to.block != nullptr) stream.record(*to.block->free);
   if (!started.keeps_block()) free_block(index);
-  to.full_version = version;
+  to.full_of = weights(index);
   return true;
 }
 
@@ -214,7 +223,7 @@ void GatherPipeline::finish(int index) {
   if (!finished.is_unsharded()) {
     finished.attach(to.full != nullptr ? to.full->memory : finished.shard());
   }
-  finished.note_gathered(*to.full_version);
+  finished.note_gathered(to.full_of->version + to.full_of->num_writes);
   to.is_held = true;
   to.is_retained = false;
   finished.exchange(true);
@@ -240,7 +249,7 @@ void GatherPipeline::drop_unused() {
     const State& kept = states_[i];
     if (kept.is_held || kept.is_retained) continue;
     const int index = static_cast<int>(i);
-    if (kept.full_version.has_value()) free_full(index);
+    if (kept.full_of.has_value()) free_full(index);
     if (!unit(index).keeps_block()) free_block(index);
   }
 }
@@ -248,7 +257,7 @@ void GatherPipeline::drop_unused() {
 bool GatherPipeline::is_kept_full(int index) const {
   const State& kept = states_[static_cast<size_t>(index)];
   return kept.is_awaited && kept.full != nullptr && kept.full == memory_->full_home(index) &&
-         kept.full_version == units_[static_cast<size_t>(index)]->shard_version();
+         is_current(index, kept.full_of);
 }
 
 bool GatherPipeline::holds_any() const {

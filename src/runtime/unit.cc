@@ -269,16 +269,9 @@ void Unit::expose(const std::vector<bool>& is_used) {
       }
     }
     parameter.sharded.mutable_grad() = home;
-    is_exposed_ = true;
   }
   used_.assign(trainable_.size(), false);
   hidden_.reset();
-}
-
-bool Unit::take_used_up() {
-  if (!is_exposed_ || has_visible_gradient()) return false;
-  is_exposed_ = false;
-  return true;
 }
 
 bool Unit::has_visible_gradient() const {
