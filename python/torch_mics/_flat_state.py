@@ -45,11 +45,9 @@ class Segment:
         self._first_counter = first
         self._counters = counters[first : first + len(parameters)]
         shards = [_local(parameter) for parameter in parameters]
-        begin = shards[0].storage_offset()
-        self._starts = [shard.storage_offset() - begin for shard in shards]
+        self._starts = [_distance(shards[0], shard) or 0 for shard in shards]
         self._ends = [s + t.numel() for s, t in zip(self._starts, shards, strict=True)]
-        # A view, so that writing it counts as a change of the shard.
-        self._values = shards[0].as_strided((self._ends[-1],), (1,), begin)
+        self._values = _C.span_from(shards[0], self._ends[-1])
         self._flat: dict[str, torch.Tensor] = {}
         # Per key, the views that were made: DTensors, and for the steps 0-dim tensors.
         self._views: dict[str, dict[int, torch.Tensor]] = {}
@@ -109,9 +107,9 @@ class Segment:
         if index not in views:
             parameter = self.parameters[index]
             assert isinstance(parameter, DTensor)
-            local = self._flat[key][self._starts[index] : self._ends[index]]
+            local = _C.make_part(self._flat[key], self._starts[index], _local(parameter).shape)
             views[index] = DTensor.from_local(
-                local.view(_local(parameter).shape),
+                local,
                 parameter.device_mesh,
                 parameter.placements,
                 run_check=False,
@@ -135,7 +133,7 @@ class Segment:
                 before is not None
                 and counts[index] == counts[index - 1]
                 and is_new[index] == is_new[index - 1]
-                and is_spaced(before, part, self._starts[index] - self._starts[index - 1])
+                and _distance(before, part) == self._starts[index] - self._starts[index - 1]
             )
             if joins:
                 found[-1].append(index)
@@ -149,7 +147,7 @@ class Segment:
             yield Run(
                 is_new[first],
                 parameter=self._values[begin:end],
-                gradient=part.as_strided((end - begin,), (1,))
+                gradient=_C.span_from(part, end - begin)
                 if first != last
                 else part.reshape(-1),
                 state={key: self._flat[key][begin:end] for key in keys},
@@ -291,15 +289,9 @@ def are_same(left: Iterable[object], right: Iterable[object]) -> bool:
     return len(left) == len(right) and all(map(operator.is_, left, right))
 
 
-def is_spaced(first: torch.Tensor, second: torch.Tensor, distance: int | torch.SymInt) -> bool:
-    """Whether two contiguous tensors lie in one storage, `distance` elements apart."""
-    return (
-        first.dtype == second.dtype
-        and second.storage_offset() - first.storage_offset() == distance
-        and first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
-        and first.is_contiguous()
-        and second.is_contiguous()
-    )
+def _distance(first: torch.Tensor, second: torch.Tensor) -> int | None:
+    """Elements from one to the other, when both are contiguous and lie in one buffer."""
+    return _C.distance_between(first, second)
 
 
 def _neighbours(unit: ShardedUnit, chosen: set[int]) -> Iterator[list[torch.Tensor]]:
@@ -317,8 +309,8 @@ def _neighbours(unit: ShardedUnit, chosen: set[int]) -> Iterator[list[torch.Tens
 
 
 def _follows(first: torch.Tensor, second: torch.Tensor) -> bool:
-    distance = second.storage_offset() - first.storage_offset()
-    return distance >= first.numel() and is_spaced(first, second, distance)
+    distance = _distance(first, second)
+    return distance is not None and distance >= first.numel()
 
 
 def _shard_of(reference: weakref.ref[ShardedUnit]) -> torch.Tensor | None:

@@ -1,9 +1,9 @@
 #include "mics/neighbours.h"
 
-#include <ATen/ops/as_strided.h>
-
 #include <algorithm>
 #include <unordered_map>
+
+#include "mics/storage_part.h"
 
 namespace mics {
 
@@ -21,9 +21,9 @@ std::vector<Placed> place(const std::vector<at::Tensor>& tensors) {
   placed.reserve(tensors.size());
   for (const at::Tensor& tensor : tensors) {
     if (tensor.numel() == 0) continue;
-    const void* memory = tensor.storage().unsafeGetStorageImpl();
-    const size_t number = storages.try_emplace(memory, storages.size()).first->second;
-    placed.push_back({number, tensor.storage_offset(), &tensor});
+    const Place found = place_of(tensor);
+    const size_t number = storages.try_emplace(found.storage, storages.size()).first->second;
+    placed.push_back({number, found.offset, &tensor});
   }
   std::stable_sort(placed.begin(), placed.end(), [](const Placed& left, const Placed& right) {
     return left.storage != right.storage ? left.storage < right.storage
@@ -53,7 +53,7 @@ std::vector<at::Tensor> join_neighbours(const std::vector<at::Tensor>& tensors) 
       numel += placed[next].tensor->numel();
       ++next;
     }
-    joined.push_back(at::as_strided(first, {numel}, {1}));
+    joined.push_back(next == i + 1 ? first.view({-1}) : span_from(first, numel));
     i = next;
   }
   return joined;
