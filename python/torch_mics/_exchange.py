@@ -1,10 +1,13 @@
-"""Agreement of all ranks through the Store, before any collective could hang."""
+"""Agreement of all ranks through the Store, before any collective could hang, and after one that failed."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
@@ -12,8 +15,8 @@ from torch.distributed import distributed_c10d as c10d
 
 from torch_mics._C import TimeoutError as MicsTimeoutError
 
-# Ranks reach their first forward at different times: data loading, compilation.
-_TIMEOUT = datetime.timedelta(minutes=10)
+# Ranks that wait for the same one give up within this time of each other.
+_ROLL_CALL = datetime.timedelta(seconds=3)
 
 
 def operation_timeout() -> datetime.timedelta:
@@ -34,7 +37,8 @@ def exchange(topic: str, value: str) -> list[str]:
         value: this rank's value.
 
     Raises:
-        TimeoutError: a rank did not come in time. The message names the missing ranks.
+        TimeoutError: a rank did not come within the time-out of torch's default process group. The
+            message names the missing ranks.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
@@ -44,13 +48,14 @@ def exchange(topic: str, value: str) -> list[str]:
     call = store.add(f"calls/{rank}", 1)
     keys = [f"{call}/{other}" for other in range(world_size)]
     store.set(keys[rank], json.dumps([topic, value]))
+    timeout = operation_timeout()
     try:
-        store.wait(keys, _TIMEOUT)
+        store.wait(keys, timeout)
     except Exception as error:
         missing = [other for other, key in enumerate(keys) if not store.check([key])]
         raise MicsTimeoutError(
             f"every rank must take part in the agreement on {topic}: got no answer from world ranks "
-            f"{missing} within {_TIMEOUT.total_seconds():.0f} s (world_rank={rank}). They have ended, "
+            f"{missing} within {timeout.total_seconds():.0f} s (world_rank={rank}). They have ended, "
             "or make other calls of torch_mics; see docs/errors.md#timeouts."
         ) from error
     answers = [json.loads(store.get(key).decode()) for key in keys]
@@ -62,6 +67,72 @@ def exchange(topic: str, value: str) -> list[str]:
                 "run the model with the same code and arguments on every rank."
             )
     return [answer for _, answer in answers]
+
+
+@contextlib.contextmanager
+def together(call: str) -> Iterator[None]:
+    """What every rank does, in a call with collectives. Every rank comes, and all learn of a failure.
+
+    Args:
+        call: name of the public function, for messages.
+
+    Raises:
+        TimeoutError: a rank did not make the call in time.
+        RuntimeError: it failed on another rank, whose message is given; own errors come as they are.
+    """
+    exchange(f"a call of {call}", "")
+    with all_or_none(call):
+        yield
+
+
+@contextlib.contextmanager
+def all_or_none(call: str) -> Iterator[None]:
+    """What every rank has begun; all raise when it fails on one, which must not leave others waiting."""
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    outcome = "" if failure is None else f"{type(failure).__name__}: {failure}"
+    outcomes = exchange(f"the outcome of {call}", outcome)
+    if failure is not None:
+        raise failure
+    failed = [rank for rank, text in enumerate(outcomes) if text]
+    if failed:
+        raise RuntimeError(
+            f"{call} must succeed on every rank: got a failure on world ranks {failed}, on "
+            f"{failed[0]}: {outcomes[failed[0]]}"
+        )
+
+
+@contextlib.contextmanager
+def naming(call: str, ranks: list[int]) -> Iterator[None]:
+    """Says of a collective of torch that fails in `call` which of its ranks were not in it."""
+    try:
+        yield
+    except RuntimeError as error:
+        missing = _roll_call(call, ranks)
+        if not missing:
+            raise
+        raise MicsTimeoutError(
+            f"{call} must be called on every rank: got no call from world ranks {missing} within "
+            f"{operation_timeout().total_seconds():.0f} s (world_rank={dist.get_rank()}). They have "
+            f"ended, or do something else; see docs/errors.md#timeouts. torch says: {error}"
+        ) from error
+
+
+def _roll_call(call: str, ranks: list[int]) -> list[int]:
+    """Those of `ranks` that do not say within a few seconds that `call` has failed for them too."""
+    store = dist.PrefixStore("torch_mics/failed", c10d._get_default_store())
+    number = store.add(f"{call}/{dist.get_rank()}", 1)
+    keys = {rank: f"{call}/{number}/{rank}" for rank in ranks}
+    store.set(keys[dist.get_rank()], "")
+    deadline = time.monotonic() + _ROLL_CALL.total_seconds()
+    missing = list(ranks)
+    while missing and time.monotonic() < deadline:
+        missing = [rank for rank in missing if not store.check([keys[rank]])]
+        time.sleep(0.05)
+    return missing
 
 
 def _first_difference(mine: Any, other: Any, path: str = "") -> tuple[str, Any, Any] | None:

@@ -14,7 +14,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from torch_mics._context import units_of
-from torch_mics._exchange import exchange
+from torch_mics._exchange import all_or_none, exchange, together
+from torch_mics._state_dict_hooks import plain_name
 from torch_mics._training import check_sharded
 
 
@@ -31,21 +32,26 @@ def full_state_dict(
     Raises:
         ValueError: rank0_only without cpu_offload.
     """
-    check_sharded(model, "full_state_dict")
+    model = check_sharded(model, "full_state_dict")
     if rank0_only and not cpu_offload:
         raise ValueError(
             "rank0_only needs cpu_offload: got rank0_only=True, cpu_offload=False. Pass "
             "rank0_only=False."
         )
-    options = StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload)
-    state = get_model_state_dict(model, options=options)
-    if not rank0_only and cpu_offload and dist.get_world_size() > 1:
-        # torch leaves the other ranks empty when it offloads.
-        options = StateDictOptions(full_state_dict=True)
+    with together("full_state_dict"):
+        options = StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload)
         state = get_model_state_dict(model, options=options)
-        state = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
+        if not rank0_only and cpu_offload and dist.get_world_size() > 1:
+            # torch leaves the other ranks empty when it offloads.
+            options = StateDictOptions(full_state_dict=True)
+            state = get_model_state_dict(model, options=options)
+            state = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
     # With one rank in the partition group a gathered tensor is the shard itself.
-    shards = {unit.shard.untyped_storage().data_ptr() for unit in units_of(model)}
+    shards = {
+        parameter.local.untyped_storage().data_ptr()
+        for unit in units_of(model)
+        for parameter in unit.parameters
+    }
     return {
         name: value.clone()
         if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in shards
@@ -68,14 +74,18 @@ def load_full_state_dict(
     Raises:
         ValueError: names or shapes are those of another model; on every rank alike.
     """
-    check_sharded(model, "load_full_state_dict")
+    model = check_sharded(model, "load_full_state_dict")
+    # torch renames and takes entries: the caller's stays as it is.
+    state = {plain_name(name): value for name, value in state.items()}
+    exchange("a call of load_full_state_dict", "")
     _check_fits(model, state, broadcast=broadcast, strict=strict)
     options = StateDictOptions(
         full_state_dict=True,
         broadcast_from_rank0=broadcast and dist.get_world_size() > 1,
         strict=strict,
     )
-    set_model_state_dict(model, state, options=options)
+    with all_or_none("load_full_state_dict"):
+        set_model_state_dict(model, state, options=options)
     for unit in units_of(model):
         if unit.context is not None:
             unit.context.engine.reshard(unit.index)
@@ -83,8 +93,8 @@ def load_full_state_dict(
 
 def _check_fits(model: nn.Module, state: dict[str, Any], *, broadcast: bool, strict: bool) -> None:
     problem = describe_misfit(
-        {name: tuple(value.shape) for name, value in model.state_dict().items()},
-        {name: tuple(value.shape) for name, value in state.items() if hasattr(value, "shape")},
+        shapes_of(model.state_dict()),
+        shapes_of(state),
         strict=strict,
     )
     is_checked_here = not broadcast or dist.get_rank() == 0
@@ -94,18 +104,34 @@ def _check_fits(model: nn.Module, state: dict[str, Any], *, broadcast: bool, str
         raise ValueError(f"the state dict must be one of this model: {first}.")
 
 
-def describe_misfit(
-    mine: dict[str, tuple[int, ...]], other: dict[str, tuple[int, ...]], *, strict: bool = True
-) -> str | None:
+# By name; None for what is no tensor, as extra state may be.
+Shapes = dict[str, tuple[int, ...] | None]
+
+
+def shapes_of(state: dict[str, Any]) -> Shapes:
+    """Gives the shapes of a state dict, under the names of the unwrapped model."""
+    return {
+        plain_name(name): tuple(value.shape) if isinstance(value, torch.Tensor) else None
+        for name, value in state.items()
+    }
+
+
+def describe_misfit(mine: Shapes, other: Shapes, *, strict: bool = True) -> str | None:
     """Says in what way `other` is not a state of this model, or None when it is."""
     missing = sorted(set(mine) - set(other))
     unexpected = sorted(set(other) - set(mine))
-    shapes = [name for name in mine if name in other and mine[name] != other[name]]
+    shapes = [
+        name
+        for name, shape in mine.items()
+        if shape is not None and name in other and shape != other[name]
+    ]
     if strict and missing:
         return f'got no "{missing[0]}" ({len(missing)} names are missing)'
     if strict and unexpected:
         return f'got an unknown "{unexpected[0]}" ({len(unexpected)} names are unknown)'
     if shapes:
         name = shapes[0]
-        return f'got shape {list(other[name])} for "{name}", which has {list(mine[name])} here'
+        found = other[name]
+        got = "no tensor" if found is None else f"shape {list(found)}"
+        return f'got {got} for "{name}", which has {list(mine[name] or ())} here'
     return None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
+import warnings
 import weakref
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -221,6 +222,14 @@ class Groups:
         # What carries a communicator, and why.
         self.backends: weakref.WeakKeyDictionary[_C.Communicator, str] = weakref.WeakKeyDictionary()
 
+    # A mesh is copied and saved with the DTensors on it. A copy has the same groups; a mesh that is read
+    # from a file finds its own when it is used.
+    def __deepcopy__(self, memo: dict[int, object]) -> Groups:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_no_groups, ())
+
     def variant(self, hierarchical: HierarchicalGather) -> _C.Variant:
         """Chooses between flat and hierarchical; "auto" is hierarchical where a group spans nodes.
 
@@ -342,7 +351,8 @@ class Groups:
         key = f"{name} {groups}"
         found = _shared().process_groups.get(key)
         if found is None:
-            made = {str(group): dist.new_group(group) for group in groups}
+            timeout = operation_timeout()
+            made = {str(group): dist.new_group(group, timeout=timeout) for group in groups}
             found = _shared().process_groups[key] = made[str(ranks)]
         return found
 
@@ -366,8 +376,30 @@ class Groups:
         return found
 
 
+def _warn_of_irregular_nodes(topology: _C.Topology) -> None:
+    """Two hops need nodes alike; without them everything that a group moves may cross nodes."""
+    if not (topology.spans_nodes and topology.hierarchical_error) or dist.get_rank() != 0:
+        return
+    size = topology.partition_size
+    warnings.warn(
+        "partition groups over several nodes should have nodes of equal size whose ranks are "
+        f"consecutive: got {topology.describe_nodes()}, partition_size={size}. Gathers and reductions "
+        f"run in one hop: up to {size - 1}/{size} of the model crosses nodes for every rank in each, "
+        "instead of once per node. Start the ranks node by node, or set MICS_NODE_ID.",
+        stacklevel=4,
+    )
+
+
+def _no_groups() -> None:
+    """What Groups are in a file."""
+
+
 def _attach_groups(mesh: DeviceMesh, nodes: list[str], intra_backend: IntraBackend) -> Groups:
     groups = Groups(mesh, nodes, intra_backend)
+    _warn_of_irregular_nodes(groups.topology)
+    # torch makes groups of a mesh with time-outs of their own, whatever was asked for.
+    for group in {id(group): group for group in mesh.get_all_groups()}.values():
+        distributed_c10d._set_pg_timeout(operation_timeout(), group)
     # Kept on the mesh, so that it lives exactly as long and every unit on the mesh finds it.
     mesh._mics_groups = groups  # type: ignore[attr-defined]
     return groups

@@ -6,11 +6,16 @@ from the old weights is old.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import warnings
 import weakref
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -29,7 +34,41 @@ def install_optimizer_checks() -> None:
     register_optimizer_step_post_hook(_after_step)
 
 
-def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+@contextlib.contextmanager
+def ignoring_steps_of(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """For steps that only make the optimizer's state."""
+    optimizer.__dict__["_mics_is_ignored"] = True
+    try:
+        yield
+    finally:
+        del optimizer.__dict__["_mics_is_ignored"]
+
+
+def _before_step(
+    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if "_mics_is_ignored" in optimizer.__dict__:
+        return None
+    # args has the optimizer itself where torch calls the hook.
+    place = 1 if args and args[0] is optimizer else 0
+    closure = kwargs.get("closure") or (args[place] if len(args) > place else None)
+    if closure is None or not _units_of(optimizer):
+        _check_accumulation(optimizer)
+        return None
+
+    @functools.wraps(closure)
+    def checked() -> Any:
+        # The last micro-step may run in here; what it leaves is what the step uses.
+        value = closure()
+        _check_accumulation(optimizer)
+        return value
+
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": checked}
+    return (*args[:place], checked, *args[place + 1 :]), kwargs
+
+
+def _check_accumulation(optimizer: torch.optim.Optimizer) -> None:
     for unit in _units_of(optimizer):
         handle = unit.handle
         if handle is not None and (handle.has_pending or handle.has_full_gradient):
@@ -37,13 +76,37 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
             names = ", ".join(f'"{name}"' for name in unit.context.engine.unfinished_units())
             raise RuntimeError(
                 "an optimizer may step only after an accumulation boundary: got gradients that are not "
-                f"synchronised in units {names}. Run the last micro-step outside no_sync(), or with "
-                "microbatch(model, is_last=True)."
+                f"synchronised in units {names}. {_why_unfinished(unit)}"
             )
+
+
+def _why_unfinished(unit: ShardedUnit) -> str:
+    settings = unit.settings
+    if not settings.requires_gradient_sync:
+        return (
+            "set_requires_gradient_sync(False) or no_sync() is in force: run the last micro-step "
+            "outside of it."
+        )
+    if not settings.requires_all_reduce:
+        return "set_requires_all_reduce(False) is in force: set it to True for the last micro-step."
+    if not settings.is_last_backward:
+        return "set_is_last_backward(False) is in force: set it to True for the last backward."
+    handle = unit.handle
+    if handle is not None and not handle.has_pending:
+        return (
+            "Its backward has not ended, or began at no output of its forward: with "
+            "set_manual_backward_finalization(True) call finalize_backward(), else return the tensors "
+            "that the loss is made of from the module's forward."
+        )
+    return (
+        "Run the last micro-step outside no_sync(), or with microbatch(model, is_last=True)."
+    )
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """The kernels of an optimizer need not move a version counter."""
+    if "_mics_is_ignored" in optimizer.__dict__:
+        return
     written: dict[Context, list[int]] = {}
     for unit in _units_of(optimizer):
         if unit.context is not None:
@@ -80,16 +143,20 @@ def _check_parameters(parameters: list[torch.Tensor]) -> list[ShardedUnit]:
         if unit is not None:
             units.setdefault(id(unit), unit)
     if units:
-        _check_all_in_units(parameters)
+        if dist.get_world_size() > 1:
+            _warn_of_others(parameters)
     return list(units.values())
 
 
-def _check_all_in_units(parameters: list[torch.Tensor]) -> None:
+def _warn_of_others(parameters: list[torch.Tensor]) -> None:
     for index, parameter in enumerate(parameters):
         is_known = hasattr(parameter, "_mics_unit") or hasattr(parameter, "_mics_ignored")
-        if parameter.requires_grad and not is_known:
-            raise RuntimeError(
-                "a trainable parameter must be in a unit, or its replicas drift apart: got parameter "
-                f"{index} of the optimizer, of shape {tuple(parameter.shape)}, in none. Call "
-                "fully_shard() on the root module too, or list it in ignored_params."
+        if parameter.requires_grad and not is_known and not isinstance(parameter, DTensor):
+            warnings.warn(
+                f"parameter {index} of the optimizer, of shape {tuple(parameter.shape)}, is in no unit: "
+                "torch_mics does not average its gradient, and without DistributedDataParallel or "
+                "replicate() around it the ranks train it apart. Call fully_shard() on the root module "
+                "too, or list it in ignored_params.",
+                stacklevel=6,
             )
+            return

@@ -11,6 +11,11 @@ from torch.distributed.tensor import DTensor
 from torch_mics._unit import Parameter, ShardedUnit
 
 
+def plain_name(name: str) -> str:
+    """The name in the model as it was before torch.compile or a checkpoint wrapper wrapped a module."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
 def register_state_dict_hooks(unit: ShardedUnit) -> None:
     """Keeps sharded parameters registered when a state dict is taken or loaded."""
     for module in unit.modules:
@@ -21,8 +26,9 @@ def register_state_dict_hooks(unit: ShardedUnit) -> None:
 
 def _register_sharded(module: nn.Module, *args: Any) -> None:
     unit: ShardedUnit = module._mics_unit  # type: ignore[assignment]
-    if unit.context is not None and unit.handle is not None:
-        unit.context.engine.reshard(unit.index)
+    for each in unit.all:
+        if each.context is not None and each.handle is not None:
+            each.context.engine.reshard(each.index)
 
 
 def _before_load(
@@ -32,19 +38,30 @@ def _before_load(
     local_metadata: dict[str, Any],
     *args: Any,
 ) -> None:
-    """Refuses what assign=True cannot take, before anything is assigned."""
+    """Refuses what cannot be taken, before anything is."""
     _register_sharded(module)
-    if not local_metadata.get("assign_to_params_buffers", False):
-        return
+    assigns = local_metadata.get("assign_to_params_buffers", False)
     for name, parameter in module.named_parameters():
-        assigned = state_dict.get(f"{prefix}{name}")
-        if isinstance(parameter, DTensor) and assigned is not None:
-            _check_assigned(name, parameter, assigned)
+        brought = state_dict.get(f"{prefix}{name}")
+        if not isinstance(parameter, DTensor) or not isinstance(brought, torch.Tensor):
+            continue
+        if assigns:
+            _check_assigned(name, parameter, brought)
+        elif not isinstance(brought, DTensor):
+            raise ValueError(
+                "load_state_dict of a sharded model must bring DTensors: got a plain "
+                f'{type(brought).__name__} {tuple(brought.shape)} for "{name}". Full tensors are loaded '
+                "by torch_mics.load_full_state_dict(model, state)."
+            )
 
 
 def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
     """Takes the values of parameters that load_state_dict(assign=True) put in place of ours."""
-    unit: ShardedUnit = module._mics_unit  # type: ignore[assignment]
+    for unit in module._mics_unit.all:  # type: ignore[union-attr]
+        _take_assigned(unit)
+
+
+def _take_assigned(unit: ShardedUnit) -> None:
     replaced: list[tuple[Parameter, torch.Tensor]] = []
     for parameter in unit.parameters:
         for place in parameter.places:

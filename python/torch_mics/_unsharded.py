@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from torch_mics._context import units_of
+from torch_mics._exchange import exchange
 from torch_mics._training import check_sharded
 
 
@@ -30,8 +31,8 @@ def unsharded(model: nn.Module, *, writeback: bool = False) -> Iterator[None]:
         TypeError: `model` is not sharded.
         RuntimeError: gradients wait for their boundary and `writeback` would change weights under them.
     """
-    check_sharded(model, "unsharded")
-    units = units_of(model)
+    units = units_of(check_sharded(model, "unsharded"))
+    exchange("a call of unsharded", "")
     for unit in units:
         if unit.handle is None:
             continue

@@ -5,8 +5,10 @@ A checkpoint can be loaded at another world size, partition size and node count,
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,14 +18,18 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
 
 from torch_mics._context import units_of
-from torch_mics._full_state import describe_misfit, full_state_dict
+from torch_mics._exchange import all_or_none, together
+from torch_mics._full_state import describe_misfit, full_state_dict, shapes_of
+from torch_mics._optimizer_checks import ignoring_steps_of
 from torch_mics._training import check_sharded
 
 __all__ = ["TrainState", "export_safetensors"]
 
 _KEY = "train"
+_HAS_STEPPED = "optimizer has stepped"
 
 
 class TrainState(Stateful):
@@ -41,7 +47,7 @@ class TrainState(Stateful):
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **extras: Any
     ) -> None:
-        check_sharded(model, "TrainState")
+        model = check_sharded(model, "TrainState")
         for name, extra in extras.items():
             if not hasattr(extra, "state_dict") or not hasattr(extra, "load_state_dict"):
                 raise TypeError(
@@ -57,18 +63,28 @@ class TrainState(Stateful):
 
     def state_dict(self) -> dict[str, Any]:
         """Sharded, without communication."""
-        model_state, optimizer_state = get_state_dict(self.model, self._optimizers())
+        has_stepped = self.optimizer is not None and bool(self.optimizer.state)
+        with _undisturbed(self.optimizer):
+            model_state, optimizer_state = get_state_dict(self.model, self._optimizers())
         extras = {name: extra.state_dict() for name, extra in self.extras.items()}
-        return {"model": model_state, "optimizer": optimizer_state, "extras": extras}
+        return {
+            "model": model_state,
+            "optimizer": optimizer_state,
+            "extras": extras,
+            _HAS_STEPPED: has_stepped,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes what state_dict() gave, at any sharding. Full parameters kept so far are freed."""
-        set_state_dict(
-            self.model,
-            self._optimizers(),
-            model_state_dict=state_dict["model"],
-            optim_state_dict=state_dict["optimizer"],
-        )
+        with _undisturbed(self.optimizer, keeps_state=True):
+            set_state_dict(
+                self.model,
+                self._optimizers(),
+                model_state_dict=state_dict["model"],
+                optim_state_dict=state_dict["optimizer"],
+            )
+        if self.optimizer is not None and not state_dict.get(_HAS_STEPPED, True):
+            self.optimizer.state.clear()
         for name, extra in self.extras.items():
             extra.load_state_dict(state_dict["extras"][name])
         for unit in units_of(self.model):
@@ -76,9 +92,14 @@ class TrainState(Stateful):
                 unit.context.engine.reshard(unit.index)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a checkpoint directory. Of equal shards only the first replica's is written."""
+        """Writes a checkpoint directory. Of equal shards only the first replica's is written.
+
+        Raises:
+            RuntimeError: it failed on another rank; on every rank.
+        """
         planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
-        dcp.save({_KEY: self}, checkpoint_id=path, planner=planner)
+        with together("TrainState.save"):
+            dcp.save({_KEY: self}, checkpoint_id=path, planner=planner)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Reads a checkpoint directory.
@@ -86,31 +107,92 @@ class TrainState(Stateful):
         Raises:
             FileNotFoundError: there is no checkpoint, or it was not finished.
             ValueError: it is a checkpoint of another model. On every rank; nothing has been changed.
+            RuntimeError: it failed on another rank.
         """
-        if not (pathlib.Path(path) / ".metadata").exists():
-            raise FileNotFoundError(
-                f"a checkpoint directory has a .metadata file: got none in {path}. The save was not "
-                "finished, or the path is wrong."
-            )
-        self._check_model(path)
-        dcp.load({_KEY: self}, checkpoint_id=path)
+        with together("TrainState.load"):
+            if not (pathlib.Path(path) / ".metadata").exists():
+                raise FileNotFoundError(
+                    f"a checkpoint directory has a .metadata file: got none in {path}. The save was "
+                    "not finished, or the path is wrong."
+                )
+            entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+            self._check_model(path, entries)
+        with all_or_none("TrainState.load"):
+            wanted: Stateful = self
+            if f"{_KEY}.{_HAS_STEPPED}" not in entries:
+                wanted = _Older(self)
+            dcp.load({_KEY: wanted}, checkpoint_id=path)
 
-    def _check_model(self, path: str | os.PathLike[str]) -> None:
-        metadata = dcp.FileSystemReader(path).read_metadata()
+    def _check_model(self, path: str | os.PathLike[str], entries: dict[str, Any]) -> None:
         prefix = f"{_KEY}.model."
         saved = {
             name.removeprefix(prefix): tuple(entry.size)
-            for name, entry in metadata.state_dict_metadata.items()
+            for name, entry in entries.items()
             if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
         }
-        mine = {
-            name: tuple(value.shape)
+        tensors = {
+            name: value
             for name, value in self.model.state_dict().items()
             if isinstance(value, torch.Tensor)
         }
-        problem = describe_misfit(mine, saved)
+        problem = describe_misfit(shapes_of(tensors), dict(saved))
         if problem is not None:
             raise ValueError(f"the checkpoint must be of this model: {problem} (in {path}).")
+
+
+class _Older(Stateful):
+    """A TrainState as checkpoints had it that do not say whether the optimizer has stepped."""
+
+    def __init__(self, present: TrainState) -> None:
+        self._present = present
+
+    def state_dict(self) -> dict[str, Any]:
+        return {k: v for k, v in self._present.state_dict().items() if k != _HAS_STEPPED}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._present.load_state_dict(state_dict)
+
+
+@contextlib.contextmanager
+def _undisturbed(
+    optimizer: torch.optim.Optimizer | None, *, keeps_state: bool = False
+) -> Iterator[None]:
+    """Lets torch make the state that an optimizer has not made yet, and leaves no other trace of it.
+
+    torch takes a step with gradients of zero, if there are none. Such a step counts, may run hooks, and in
+    some optimizers moves weights.
+
+    Args:
+        optimizer: any.
+        keeps_state: leave what torch has made.
+    """
+    if optimizer is None or optimizer.state:
+        yield
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters]
+    weights = [
+        (p._local_tensor if isinstance(p, DTensor) else p).detach().clone() for p in parameters
+    ]
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    kept = [dict(each) for each in hooks]
+    for each in hooks:
+        each.clear()
+    for p in parameters:
+        p.grad = None
+    with ignoring_steps_of(optimizer):
+        try:
+            yield
+        finally:
+            for each, content in zip(hooks, kept, strict=True):
+                each.update(content)
+            if not keeps_state:
+                with torch.no_grad():
+                    for p, value in zip(parameters, weights, strict=True):
+                        (p._local_tensor if isinstance(p, DTensor) else p).copy_(value)
+                optimizer.state.clear()
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient
 
 
 def export_safetensors(
@@ -132,9 +214,14 @@ def export_safetensors(
         raise ImportError(
             "export_safetensors needs safetensors: `pip install safetensors`."
         ) from error
-    state = full_state_dict(model)
-    if dist.get_rank() == 0:
-        tensors = {name: value.contiguous() for name, value in state.items()}
-        save_file(tensors, path, metadata=metadata)
-    if dist.get_world_size() > 1:
-        dist.barrier()
+    model = check_sharded(model, "export_safetensors")
+    with together("export_safetensors"):
+        state = full_state_dict(model)
+        with all_or_none("export_safetensors"):
+            if dist.get_rank() == 0:
+                tensors = {
+                    name: value.contiguous()
+                    for name, value in state.items()
+                    if isinstance(value, torch.Tensor)
+                }
+                save_file(tensors, path, metadata=metadata)
