@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed._composable.contract import REGISTRY_KEY, RegistryItem
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from torch_mics._groups import (
     Groups,
@@ -19,7 +23,7 @@ from torch_mics._groups import (
     ensure_process_group,
     groups_of,
 )
-from torch_mics._hooks import register_hooks
+from torch_mics._hooks import lend, register_hooks
 from torch_mics._module import MiCSModule
 from torch_mics._optimizer_checks import install_optimizer_checks
 from torch_mics._policy import resolve_policy
@@ -27,8 +31,11 @@ from torch_mics._residency import check_accumulate, check_keep, resolve_reshard
 from torch_mics._state_dict_hooks import register_state_dict_hooks
 from torch_mics._unit import Place, Settings, ShardedUnit
 
-# One subclass per module class, so that two sharded Linears have one type.
-_sharded_classes: dict[type[nn.Module], type[nn.Module]] = {}
+# One subclass per module class, so that two sharded Linears have one type; by class, and whether its
+# modules hold parameters themselves.
+_sharded_classes: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
+
+Found = list[tuple[str, nn.Parameter, list[Place]]]
 
 
 def fully_shard(
@@ -104,16 +111,25 @@ def fully_shard(
         keep_between_microsteps=keep_between_microsteps,
         accumulate=accumulate,
     )
-    unit = ShardedUnit(modules, groups, policy, hierarchical_gather, settings)
     device = _device_of(groups)
     _move_to_device(modules, found, device)
-    with torch.no_grad():
-        unit.cut(found, device)
+    units = []
+    for parameters in _by_dtype(found):
+        # The methods of a module set what all its units have.
+        own = dataclasses.replace(settings)
+        units.append(ShardedUnit(modules, groups, policy, hierarchical_gather, own))
+        with torch.no_grad():
+            units[-1].cut(parameters, device)
+    unit = units[0]
+    unit.companions = units[1:]
     for ignored in ignored_params or set():
         ignored._mics_ignored = True  # type: ignore[attr-defined]
     for each in modules:
         each._mics_unit = unit  # type: ignore[assignment]
         _swap_class(each)
+        # What other functions of torch ask: replicate() leaves such modules alone.
+        registry = each.__dict__.setdefault(REGISTRY_KEY, collections.OrderedDict())
+        registry["fully_shard"] = RegistryItem()
     register_hooks(unit)
     register_state_dict_hooks(unit)
     install_optimizer_checks()
@@ -157,7 +173,7 @@ def _check_arguments(
 
 def _find_parameters(
     modules: list[nn.Module], ignored: set[nn.Parameter]
-) -> list[tuple[str, nn.Parameter, list[Place]]]:
+) -> Found:
     """Lists parameters that no unit below has, with every place that holds them."""
     found: dict[int, tuple[str, nn.Parameter, list[Place]]] = {}
     visited: set[int] = set()
@@ -189,34 +205,63 @@ def _check_not_taken(name: str, parameter: nn.Parameter) -> None:
         )
 
 
-def _check_parameters(found: list[tuple[str, nn.Parameter, list[Place]]]) -> None:
+def _check_parameters(found: Found) -> None:
     for name, parameter, _ in found:
-        rule, got = None, ""
-        if parameter.layout != torch.strided:
-            rule, got = "be dense", f"layout={parameter.layout}"
-        elif not parameter.is_floating_point():
-            rule, got = "be floating point", f"dtype={parameter.dtype}"
-        elif parameter.ndim == 0:
-            rule, got = "have at least one dimension", "a 0-dim tensor"
-        elif not parameter.is_contiguous():
-            rule, got = "be contiguous", f"strides={parameter.stride()}"
-        if rule is not None:
-            remedy = "Make it 1-dim" if parameter.ndim == 0 else "Convert it, or ignore it"
+        problem = _problem_of(parameter)
+        if problem is not None:
+            rule, got, remedy = problem
             raise ValueError(
                 f'a sharded parameter must {rule}: got {got} for "{name}". {remedy} before sharding.'
             )
-    dtypes = {parameter.dtype: name for name, parameter, _ in found}
+    dtypes = {parameter.dtype: name for name, parameter, _ in found if parameter.requires_grad}
     if len(dtypes) > 1:
         described = ", ".join(f'{dtype} ("{name}")' for dtype, name in dtypes.items())
         raise ValueError(
-            f"the parameters of a unit must have one dtype: got {described}. Cast them, or give them "
-            "units of their own."
+            "the trainable parameters of a unit must have one dtype: got "
+            f"{described}. Cast them, freeze them, or give them units of their own."
         )
     if len({parameter.is_meta for _, parameter, _ in found}) > 1:
         raise ValueError(
             "the parameters of a unit must all be on the meta device or none: got a mixture. Build "
             "the whole unit on one device."
         )
+
+
+def _problem_of(parameter: nn.Parameter) -> tuple[str, str, str] | None:
+    """The rule that a parameter breaks, what it is instead, and the remedy; None where it is right."""
+    kind = type(parameter).__name__
+    if is_lazy(parameter):
+        return "have a shape", kind, "Run a forward"
+    # A subclass says how it is gathered, or what its operations mean: its plain values are not it.
+    if nn.Parameter not in type(parameter).__mro__ or hasattr(parameter, "fsdp_pre_all_gather"):
+        extension = hasattr(parameter, "fsdp_pre_all_gather")
+        what = f"{kind} with fsdp_pre_all_gather" if extension else kind
+        return "be a plain tensor", f"a {what}", "Dequantise it, or list it in ignored_params,"
+    if parameter.layout != torch.strided:
+        return "be dense", f"layout={parameter.layout}", "Convert it, or ignore it"
+    if parameter.requires_grad and not parameter.is_floating_point():
+        return "be floating point or frozen", f"dtype={parameter.dtype}", "Convert it, or ignore it"
+    if parameter.ndim == 0:
+        return "have at least one dimension", "a 0-dim tensor", "Make it 1-dim"
+    if not parameter.is_contiguous():
+        return "be contiguous", f"strides={parameter.stride()}", "Convert it, or ignore it"
+    hooks = [parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None)]
+    if any(hooks):
+        return (
+            "have no gradient hooks, which stay with the tensor that it replaces",
+            "register_hook or register_post_accumulate_grad_hook",
+            "Register them on the sharded parameter, and not",
+        )
+    return None
+
+
+def _by_dtype(found: Found) -> list[Found]:
+    """Parts of one dtype each, first that of the trainable parameters. At least one, maybe empty."""
+    parts: dict[torch.dtype, Found] = {}
+    for entry in sorted(found, key=lambda entry: not entry[1].requires_grad):
+        parts.setdefault(entry[1].dtype, []).append(entry)
+    order = {id(entry[1]): place for place, entry in enumerate(found)}
+    return [sorted(part, key=lambda entry: order[id(entry[1])]) for part in parts.values()] or [[]]
 
 
 def _device_of(groups: Groups) -> torch.device:
@@ -226,7 +271,7 @@ def _device_of(groups: Groups) -> torch.device:
 
 def _move_to_device(
     modules: list[nn.Module],
-    found: list[tuple[str, nn.Parameter, list[Place]]],
+    found: Found,
     device: torch.device,
 ) -> None:
     """Moves full parameters and buffers to the mesh's device; meta tensors stay."""
@@ -241,18 +286,62 @@ def _move_to_device(
 
 
 def _swap_class(module: nn.Module) -> None:
-    """Changes the class of `module` to MiCS<Class>, which has the methods of MiCSModule first."""
+    """Changes the class of `module` to one of the same name that has the methods of MiCSModule first.
+
+    Frameworks write the name of the class into configurations and look modules up by it.
+    """
     cls = type(module)
-    if cls not in _sharded_classes:
-        _sharded_classes[cls] = cast(
-            type[nn.Module],
-            type(f"MiCS{cls.__name__}", (MiCSModule, cls), {"__deepcopy__": _refuse_deepcopy}),
+    holds_parameters = any(value is not None for value in module._parameters.values())
+    key = (cls, holds_parameters)
+    if key not in _sharded_classes:
+        members: dict[str, Any] = {
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
+            "__deepcopy__": _refuse_deepcopy,
+            "__copy__": _copy,
+            "__reduce_ex__": _refuse_pickle,
+        }
+        if holds_parameters:
+            members["__getattr__"] = _make_getattr(cls)
+        _sharded_classes[key] = cast(
+            type[nn.Module], type(cls.__name__, (MiCSModule, cls), members)
         )
-    module.__class__ = _sharded_classes[cls]
+    module.__class__ = _sharded_classes[key]
+
+
+def _make_getattr(cls: type[nn.Module]) -> Callable[[nn.Module, str], Any]:
+    """Lends the unit to whoever reads a parameter of its module outside of the module's forward."""
+
+    def __getattr__(self: nn.Module, name: str) -> Any:
+        parameters = self.__dict__["_parameters"]
+        if name in parameters and not torch.compiler.is_compiling():
+            unit = self.__dict__.get("_mics_unit") or self.__dict__["_modules"].get("_mics_unit")
+            if unit is not None:
+                lend(unit, self)
+                return parameters[name]
+        return cls.__getattr__(self, name)
+
+    return __getattr__
 
 
 def _refuse_deepcopy(self: nn.Module, memo: dict[int, Any]) -> None:
     raise RuntimeError(
         "a sharded module must not be copied: got copy.deepcopy of "
-        f"{type(self).__name__}. Copy before sharding, or use state_dict()."
+        f"{type(self).__name__}. Copy before sharding, or build the model again, shard it and load "
+        "this one's state_dict() into it."
     )
+
+
+def _refuse_pickle(self: nn.Module, protocol: object) -> None:
+    raise RuntimeError(
+        f"a sharded module must not be pickled: got {type(self).__name__}. Save its state_dict(), or "
+        "torch_mics.full_state_dict(model), or a TrainState."
+    )
+
+
+def _copy(self: nn.Module) -> nn.Module:
+    """copy.copy: another module with the same contents."""
+    made: nn.Module = object.__new__(type(self))
+    made.__dict__.update(self.__dict__)
+    return made
