@@ -30,7 +30,7 @@ class BoundaryAgreement {
   BoundaryAgreement(const std::vector<std::shared_ptr<Unit>>& units, Communicator* control,
                     RuntimeStreams& streams, StepDigest& digest);
 
-  // Numbers of int64 that a boundary of all units takes; 0 with one rank.
+  // Numbers of int64 that a boundary of all units may take; 0 with one rank.
   [[nodiscard]] int64_t numel() const;
 
   // `used`: what had a gradient on this rank, the same parameters on every rank. Returns what had

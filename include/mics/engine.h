@@ -22,6 +22,7 @@
 #include <array>
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -71,8 +72,15 @@ class Engine : public std::enable_shared_from_this<Engine> {
   void set_forward_prefetch(int unit, std::vector<int> ahead);
   void set_backward_prefetch(int unit, std::vector<int> ahead);
   // Lets backward of the open forward of `unit` start at `outputs`; those that need no gradient are
-  // passed over.
+  // passed over. Without any, backward starts at the units inside or at the first gradient of a
+  // full parameter, and the full parameters stay until then.
   void watch_outputs(int unit, const std::vector<at::Tensor>& outputs);
+  // A module other than the unit's own is about to use its full parameters, in an open forward:
+  // they are there until the outermost forward returns. Nothing inside the unit's own forward,
+  // unless `is_group`: then other modules of the unit are known to run.
+  void lend(int unit, bool is_group);
+  // A forward has begun and not returned.
+  [[nodiscard]] bool is_in_forward() const { return forward_depth_ > 0; }
   // End of a forward of `unit`. `failed`: it threw; nothing of it is kept. Nothing when no forward
   // of the unit is open.
   void post_forward(int unit, bool failed);
@@ -83,8 +91,17 @@ class Engine : public std::enable_shared_from_this<Engine> {
 
   // Names of units whose gradients have not been synchronised since their last reduction.
   [[nodiscard]] std::vector<std::string> unfinished_units() const;
-  // False when a parameter was frozen or unfrozen since its unit was made.
+  // False when a parameter was frozen or unfrozen since its unit was told.
   [[nodiscard]] bool matches_requires_grad() const;
+  // Unit::change_trainable(). On all ranks alike; between forwards. A collective where a gradient
+  // block holds a sum.
+  void change_trainable(int unit, const std::vector<at::Tensor>& gradients, at::Tensor gradient);
+  // Called at the start of a backward when matches_requires_grad() is false: a parameter may have been
+  // frozen for a forward in between, and its graph is older.
+  void set_refresh(std::function<void()> refresh) { refresh_ = std::move(refresh); }
+  // Called at the start of an outermost forward and at a boundary when a sharded parameter may have
+  // hooks that nothing here would run; throws where it has.
+  void set_hook_check(std::function<void()> check) { hook_check_ = std::move(check); }
 
   // Drops the unit's gradients that have not become visible. Keeps `.grad`.
   void drop_gradients(int unit);
@@ -117,15 +134,17 @@ class Engine : public std::enable_shared_from_this<Engine> {
     int64_t call = -1;  // -1: autograd does not record
     std::shared_ptr<Tape> tape;
     bool is_watched = false;
+    bool is_opaque = false;         // no output was found
     bool is_recomputation = false;  // inside a backward
   };
 
   // What decides the plan of the memory.
-  using MemoryKey = std::vector<std::array<bool, 3>>;
+  using MemoryKey = std::vector<std::array<int64_t, 4>>;
 
   void plan_memory();
   void ensure_memory();
   [[nodiscard]] MemoryKey memory_key() const;
+  void drop_changed_memory();
   void drop_memory();
   void free_memory();
   // `unit` is needed now, as the `order` of the phase goes on.
@@ -136,7 +155,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   void begin_phase(PhaseOrders::Kind kind);
   [[nodiscard]] bool stays_full(int unit) const;
   [[nodiscard]] const std::vector<int>& upcoming(int depth);
-  void begin_forward();
+  void begin_forward(int unit);
   [[nodiscard]] bool is_accumulating() const;
   void begin_request(int unit);
   void end_request(int unit);
@@ -144,6 +163,10 @@ class Engine : public std::enable_shared_from_this<Engine> {
   void end_phase();
   void begin_backward();
   void enter_backward(const OpenCall& entered, int unit);
+  void watch(OpenCall& open, int unit, const std::vector<at::Tensor>& outputs);
+  void end_call(int unit, bool failed);
+  void check_hooks() const;
+  [[nodiscard]] bool is_outermost() const;
   void run(const std::vector<Action>& actions);
   void reduce(int unit);
   void synchronize_pending();
@@ -168,8 +191,13 @@ class Engine : public std::enable_shared_from_this<Engine> {
   std::vector<std::vector<int>> backward_prefetch_;  // per unit
   std::vector<int> upcoming_;                        // what upcoming() gave
   std::vector<std::vector<OpenCall>> open_calls_;    // per unit, innermost last
-  int forward_depth_ = 0;                            // open forwards outside backward
-  std::shared_ptr<Tape> forward_tape_;               // of the open root forward
+  int outermost_ = -1;                               // unit of the outermost forward
+  std::vector<int> lent_;                            // until that returns
+  std::vector<std::optional<OpenCall>> opaque_;      // per unit, the last that was
+  std::function<void()> hook_check_;
+  std::function<void()> refresh_;
+  int forward_depth_ = 0;                     // open forwards outside backward
+  std::shared_ptr<Tape> forward_tape_;        // of the open root forward
   std::shared_ptr<Tape> recomputation_tape_;  // of a backward that began with a recomputation
   // Owned by the callback that autograd holds for the outermost backward: gone when that backward
   // has ended, by an exception too. A flag would stay set after an exception.

@@ -80,6 +80,11 @@ class GatherPipeline {
   // The unit's full parameters are current, in memory of its own, and not only started ahead.
   [[nodiscard]] bool is_kept_full(int unit) const;
   [[nodiscard]] bool is_held(int unit) const { return states_[static_cast<size_t>(unit)].is_held; }
+  // A gather was started for the unit, and nobody has waited for it.
+  [[nodiscard]] bool is_started_ahead(int unit) const {
+    const State& started = states_[static_cast<size_t>(unit)];
+    return started.full_of.has_value() && !started.is_awaited && !started.is_held;
+  }
   // Some module holds full parameters.
   [[nodiscard]] bool holds_any() const;
   // Drops everything, and forgets the memory. The streams must be empty.

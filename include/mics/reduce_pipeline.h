@@ -51,6 +51,8 @@ class ReducePipeline {
   [[nodiscard]] std::chrono::nanoseconds exposed(int unit) const {
     return states_[static_cast<size_t>(unit)].exposed;
   }
+  // Brings what the unit has accumulated into pending(), and lets compute wait for it.
+  void settle(int unit);
   // A gradient block holds a sum of earlier micro-steps.
   [[nodiscard]] bool holds_block() const;
   // Drops the unit's gradients that have not become visible.
@@ -80,6 +82,8 @@ class ReducePipeline {
   [[nodiscard]] State& state(int index) { return states_[static_cast<size_t>(index)]; }
   // Where pending is written.
   [[nodiscard]] Stream& pending_stream(const Unit& unit);
+  void reduce_block_to_pending(int index);
+  [[nodiscard]] at::Tensor gradient_block(int index);
   void reduce_to_block(int index, int slot, const std::vector<at::Tensor>& regions);
   void reduce_to_pending(int index, int slot, const std::vector<at::Tensor>& regions);
   [[nodiscard]] const at::Tensor& factor_of(double factor, const at::Tensor& like);

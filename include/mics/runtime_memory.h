@@ -93,9 +93,9 @@ class RuntimeMemory {
   // The unit's own slot; null when it shares those in rotation.
   [[nodiscard]] Slot* full_home(int unit) { return at(homes_, unit).full.get(); }
   [[nodiscard]] Slot* block_home(int unit) { return at(homes_, unit).block.get(); }
-  // [N * Sg] in the accumulation dtype; undefined when the unit accumulates shards.
-  [[nodiscard]] const at::Tensor& gradient_block(int unit) {
-    return at(homes_, unit).gradient_block;
+  // The unit's gradient block, [numel]; the same memory in each call with the same arguments.
+  [[nodiscard]] at::Tensor gradient_block(int unit, int64_t numel, at::ScalarType dtype) {
+    return fit(at(homes_, unit).gradient_block, numel, dtype);
   }
   // Memory of reduction `index`: its node block, its packed gradients; [numel], valid until the
   // next call for the same index.
@@ -117,7 +117,7 @@ class RuntimeMemory {
   struct Home {
     std::unique_ptr<Slot> full;
     std::unique_ptr<Slot> block;
-    at::Tensor gradient_block;
+    at::Tensor gradient_block;  // bytes
   };
   struct Reduction {
     at::Tensor block;   // bytes

@@ -15,6 +15,12 @@
 // that the other ranks run for it. Autograd runs nodes in descending order of creation, so no
 // gradient comes late on one device; one that does is reduced again in finish_backward().
 //
+// A backward inside a forward: calls that are open are not passed. What their units have by the end
+// of the backward is reduced, and they stay as they are until their forward returns.
+//
+// A unit that is lent is used by other modules than its own, so nobody sees where its last use in
+// forward and its first in backward are: its call lasts as long as that of the outermost unit.
+//
 // Recomputation (activation checkpointing) writes new calls on the tape at the place where backward
 // stands. Either their backward runs (re-entrant) and they are passed like any call, or it never
 // does (the graph of the first forward is used) and they are passed without effect.
@@ -53,10 +59,12 @@ class Tape {
     int64_t call;
     int unit;
     bool is_recomputed = false;
+    bool is_open = false;     // kBegin: the forward has not returned
     int64_t graph_task = -1;  // in which backward of this call started; -1: it has not
     [[nodiscard]] bool is_entered() const { return graph_task >= 0; }
   };
   std::vector<Event> events_;
+  std::vector<Event> open_;  // kBegin of forwards in which this backward runs, the last first
 };
 
 class Schedule {
@@ -69,10 +77,14 @@ class Schedule {
   // Writes the start of a forward of `unit`. Returns the number of the call, unique in this
   // Schedule.
   [[nodiscard]] int64_t begin_call(Tape& tape, int unit);
-  // The same for a forward inside backward, in graph task `graph_task`. Appends to `actions` what
-  // to do before: calls whose own, nested backward is over are passed. Graph tasks are numbered in
-  // the order of their start, so a call entered in a later task than the present one belongs to a
-  // nested one that has ended.
+  // Writes a call of `unit` that has begun with the outermost one on the tape.
+  [[nodiscard]] int64_t begin_lent_call(Tape& tape, int unit);
+  // `unit` was used inside backward by other modules than its own: reduces it at the end at last.
+  void note_late_use(int unit) { unreduced_.insert(unit); }
+  // As begin_call() for a forward inside backward, in graph task `graph_task`. Appends to `actions`
+  // what to do before: calls whose own, nested backward is over are passed. Graph tasks are
+  // numbered in the order of their start, so a call entered in a later task than the present one
+  // belongs to a nested one that has ended.
   [[nodiscard]] int64_t begin_recomputed_call(Tape& tape, int unit, int64_t graph_task,
                                               std::vector<Action>& actions);
   // Writes the end of a call.

@@ -43,6 +43,7 @@ struct UnitParameter {
   std::string name;            // fully qualified; for messages
   std::vector<int64_t> sizes;  // of the full parameter
   at::Tensor sharded;          // what the optimizer sees; its `.grad` is set by expose()
+  at::Tensor local;            // this rank's rows, a part of the shard
   // What `.grad` is set to: wraps this parameter's part of the gradient buffer. Undefined when
   // frozen.
   at::Tensor gradient;
@@ -123,8 +124,8 @@ class Unit {
   // Called with true when the module must hold the full parameters and with false when it must hold
   // the sharded ones.
   void set_exchange(std::function<void(bool)> exchange) { exchange_ = std::move(exchange); }
-  // Version counters of the shard (shared with its views) and of the sharded parameters: most
-  // writes move it, but not all.
+  // Version counters of the shard, its parts and the sharded parameters: most writes move it, but
+  // not all.
   [[nodiscard]] int64_t shard_version() const;
   // Lets the full parameters lie in `memory` [full_nbytes], which must outlive detach().
   void attach(const at::Tensor& memory) { full_.attach(memory); }
@@ -170,8 +171,28 @@ class Unit {
   // 1 for each trainable parameter that had a gradient on this rank since the last expose().
   [[nodiscard]] const std::vector<bool>& used() const { return used_; }
 
-  // False when a parameter was frozen or unfrozen since construction.
+  // False when a parameter was frozen or unfrozen since change_trainable() or construction.
   [[nodiscard]] bool matches_requires_grad() const;
+  // Lets full parameters require gradients as the sharded ones do now, with gradients for those
+  // parameters i whose `gradients[i]` is defined: `.grad` to be, views of `gradient` [Sg]. What was
+  // accumulated stays, so no parameter that has a part of it may be left out. Graphs that are alive
+  // stay so. Only while no gradient block holds a sum, and nothing is under way.
+  void change_trainable(const std::vector<at::Tensor>& gradients, at::Tensor gradient);
+  // A gradient has been reduced, or waits to be, that is not visible. The same on every rank.
+  [[nodiscard]] bool is_accumulating() const {
+    return has_pending() || is_deferred() || hidden().defined();
+  }
+  // Calls torch's post-accumulate-grad hooks of the parameters that expose() has just given a
+  // gradient, in the order of parameters. Throws what they throw.
+  void run_gradient_hooks(const std::vector<bool>& is_used) const;
+  // A sharded parameter may have hooks on its gradient (Tensor.register_hook).
+  [[nodiscard]] bool may_have_hooks() const;
+  // Full parameters that no forward of the unit's own modules uses are kept for the whole forward
+  // of the outermost unit.
+  void set_lent() { is_lent_ = true; }
+  [[nodiscard]] bool is_lent() const { return is_lent_; }
+  // Calls `arrived` when a full parameter gets a gradient. Once.
+  void watch_gradients(const std::function<void()>& arrived);
   // Drops gradients that have not become visible. Keeps `.grad`.
   void drop_gradients();
 
@@ -179,21 +200,26 @@ class Unit {
   [[nodiscard]] bool fits_region(const at::Tensor& gradient, int64_t region_numel) const;
   [[nodiscard]] bool has_visible_gradient() const;
   [[nodiscard]] at::Tensor free_accumulation_buffer();
+  void find_trainable();
 
   // Constant after construction.
   UnitOptions options_;
   const UnitCommunicators communicators_;
   const ShardLayout layout_;
-  std::vector<int> trainable_;  // indices of trainable parameters
-  const ShardLayout gradient_layout_;
   const bool full_is_shard_;
   std::vector<at::Tensor> full_parameters_;
   std::function<void(bool)> exchange_;
   std::function<void(const at::Tensor&)> hook_;
 
+  // Of the parameters that have a gradient; see change_trainable().
+  std::vector<int> trainable_;  // their indices
+  ShardLayout gradient_layout_;
+
   UnitSettings settings_;
   FullBuffer full_;
   bool module_holds_full_ = false;
+  bool is_lent_ = false;
+  bool watches_gradients_ = false;
   std::optional<int64_t> gathered_version_;
 
   at::Tensor separate_;  // memory for pending or hidden beside the gradient; made when first needed

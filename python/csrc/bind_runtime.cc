@@ -7,6 +7,7 @@
 #include "end_without_gil.h"
 #include "mics/engine.h"
 #include "mics/runtime_streams.h"
+#include "mics/storage_part.h"
 #include "mics/unit.h"
 #include "parameter_exchange.h"
 #include "unit_hooks.h"
@@ -64,6 +65,15 @@ void bind_runtime(py::module_& module) {
   module.def("layout_alignment", &layout_alignment, py::arg("parameter_dtype"),
              py::arg("reduce_dtype"));
 
+  module.def(
+      "make_part",
+      [](const at::Tensor& buffer, int64_t offset, const std::vector<int64_t>& sizes) {
+        return make_part(buffer, offset, sizes);
+      },
+      py::arg("buffer"), py::arg("offset"), py::arg("sizes"));
+  module.def("distance_between", &distance_between, py::arg("first"), py::arg("second"));
+  module.def("span_from", &span_from, py::arg("first"), py::arg("numel"));
+
   py::class_<ParameterExchange, std::shared_ptr<ParameterExchange>>(module, "ParameterExchange")
       .def(py::init<>())
       .def("add", &ParameterExchange::add, py::arg("parameters"), py::arg("key"), py::kw_only(),
@@ -72,11 +82,15 @@ void bind_runtime(py::module_& module) {
 
   py::class_<UnitParameter>(module, "UnitParameter")
       .def(py::init([](std::string name, std::vector<int64_t> sizes, at::Tensor sharded,
-                       const std::optional<at::Tensor>& gradient) {
-             return UnitParameter{std::move(name), std::move(sizes), std::move(sharded),
-                                  gradient.value_or(at::Tensor()), gradient.has_value()};
+                       at::Tensor local, const std::optional<at::Tensor>& gradient) {
+             return UnitParameter{std::move(name),
+                                  std::move(sizes),
+                                  std::move(sharded),
+                                  std::move(local),
+                                  gradient.value_or(at::Tensor()),
+                                  gradient.has_value()};
            }),
-           py::kw_only(), py::arg("name"), py::arg("sizes"), py::arg("sharded"),
+           py::kw_only(), py::arg("name"), py::arg("sizes"), py::arg("sharded"), py::arg("local"),
            py::arg("gradient"));
 
   py::class_<UnitSettings>(module, "UnitSettings")
@@ -102,6 +116,9 @@ void bind_runtime(py::module_& module) {
       .def_property_readonly("is_unsharded", &Unit::is_unsharded)
       .def_property_readonly("has_pending", &Unit::has_pending)
       .def_property_readonly("has_full_gradient", &Unit::has_full_gradient)
+      .def_property_readonly("is_accumulating", &Unit::is_accumulating)
+      .def_property_readonly("is_lent", &Unit::is_lent)
+      .def("matches_requires_grad", &Unit::matches_requires_grad)
       .def("full_views", &Unit::full_views)
       .def("set_full_parameters", &Unit::set_full_parameters)
       .def("set_exchange",
@@ -151,6 +168,22 @@ void bind_runtime(py::module_& module) {
       .def("set_manual_finalization", &Engine::set_manual_finalization)
       .def("unfinished_units", &Engine::unfinished_units)
       .def("matches_requires_grad", &Engine::matches_requires_grad)
+      .def(
+          "change_trainable",
+          [](Engine& self, int unit, const std::vector<std::optional<at::Tensor>>& gradients,
+             at::Tensor gradient) {
+            std::vector<at::Tensor> defined;
+            for (const std::optional<at::Tensor>& each : gradients) {
+              defined.push_back(each.value_or(at::Tensor()));
+            }
+            const py::gil_scoped_release no_gil;
+            self.change_trainable(unit, defined, std::move(gradient));
+          },
+          py::arg("unit"), py::arg("gradients"), py::arg("gradient"))
+      .def("lend", &Engine::lend, py::arg("unit"), py::kw_only(), py::arg("is_group"), Release())
+      .def_property_readonly("is_in_forward", &Engine::is_in_forward)
+      .def("set_refresh", &Engine::set_refresh, py::arg("refresh"))
+      .def("set_hook_check", &Engine::set_hook_check, py::arg("check"))
       .def("drop_gradients", &Engine::drop_gradients, py::arg("unit"), Release())
       .def("release_memory", &Engine::release_memory, Release())
       .def("memory", &Engine::memory, py::return_value_policy::reference_internal, Release())

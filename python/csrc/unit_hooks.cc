@@ -2,6 +2,7 @@
 
 #include <c10/core/GradMode.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -47,65 +48,90 @@ UnitHooks::UnitHooks(py::function long_pre_forward, py::function long_post_forwa
       long_post_forward_(std::move(long_post_forward)),
       find_tensors_(std::move(find_tensors)) {}
 
-void UnitHooks::connect(const std::shared_ptr<Engine>& engine, int unit,
+bool has_forward_failed(const py::object& output) {
+  if (!output.is_none()) return false;
+  PyObject* type = nullptr;
+  PyObject* value = nullptr;
+  PyObject* trace = nullptr;
+  PyErr_GetExcInfo(&type, &value, &trace);
+  const bool is_handled = value != nullptr && value != Py_None;
+  Py_XDECREF(type);
+  Py_XDECREF(value);
+  Py_XDECREF(trace);
+  return is_handled;
+}
+
+void UnitHooks::connect(const std::shared_ptr<Engine>& engine, std::vector<int> units,
                         std::optional<at::ScalarType> input_dtype) {
   engine_ = engine;
-  unit_ = unit;
+  units_ = std::move(units);
   input_dtype_ = input_dtype;
 }
 
 py::object UnitHooks::pre_forward(const py::object& module, const py::tuple& args,
                                   const py::dict& kwargs) {
   const std::shared_ptr<Engine> engine = engine_.lock();
-  if (!engine ||
+  const auto is_outermost = [&] {
+    return !engine->is_in_forward() && torch::autograd::get_current_graph_task_id() == -1;
+  };
+  if (!engine || is_outermost() ||
       (input_dtype_ && !(has_only(args, *input_dtype_) && has_only(kwargs, *input_dtype_)))) {
     return long_pre_forward_(module, args, kwargs);
   }
   {
     const py::gil_scoped_release no_gil;
-    engine->pre_forward(unit_);
+    for (const int unit : units_) engine->pre_forward(unit);
   }
   return py::none();
 }
 
-void UnitHooks::append_tensors(py::handle value, std::vector<at::Tensor>& tensors) const {
+// False: something else than tensors, plain values and Python's own containers is in it.
+bool UnitHooks::append_tensors(py::handle value, std::vector<at::Tensor>& tensors) {
   if (THPVariable_Check(value.ptr())) {
     tensors.push_back(THPVariable_Unpack(value.ptr()));
-  } else if (PyTuple_Check(value.ptr()) || PyList_Check(value.ptr())) {
-    for (const py::handle item : py::reinterpret_borrow<py::sequence>(value)) {
-      append_tensors(item, tensors);
-    }
-  } else if (PyDict_CheckExact(value.ptr())) {
-    for (const auto& item : py::reinterpret_borrow<py::dict>(value)) {
-      append_tensors(item.second, tensors);
-    }
-  } else if (!is_plain_value(value)) {
-    for (auto& tensor : find_tensors_(value).cast<std::vector<at::Tensor>>()) {
-      tensors.push_back(std::move(tensor));
-    }
+    return true;
   }
+  if (PyTuple_Check(value.ptr()) || PyList_Check(value.ptr())) {
+    for (const py::handle item : py::reinterpret_borrow<py::sequence>(value)) {
+      if (!append_tensors(item, tensors)) return false;
+    }
+    return true;
+  }
+  if (PyDict_CheckExact(value.ptr())) {
+    for (const auto& item : py::reinterpret_borrow<py::dict>(value)) {
+      if (!append_tensors(item.second, tensors)) return false;
+    }
+    return true;
+  }
+  return is_plain_value(value);
 }
 
 py::object UnitHooks::post_forward(const py::object& module, const py::object& args,
                                    const py::object& output) {
   const std::shared_ptr<Engine> engine = engine_.lock();
   if (!engine) return long_post_forward_(module, args, output);
-  const bool failed = output.is_none();  // always_call=True: the forward threw
+  const bool failed = has_forward_failed(output);
+  const bool records = !failed && c10::GradMode::is_enabled();
   std::vector<at::Tensor> outputs;
-  if (!failed && c10::GradMode::is_enabled()) append_tensors(output, outputs);
+  if (records && !append_tensors(output, outputs)) {
+    outputs = find_tensors_(output).cast<std::vector<at::Tensor>>();
+  }
   {
     const py::gil_scoped_release no_gil;
-    if (!outputs.empty()) engine->watch_outputs(unit_, outputs);
-    engine->post_forward(unit_, failed);
+    for (auto unit = units_.rbegin(); unit != units_.rend(); ++unit) {
+      if (records) engine->watch_outputs(*unit, outputs);
+      engine->post_forward(*unit, failed);
+    }
   }
   return py::none();
 }
 
 void bind_unit_hooks(py::module_& module) {
+  module.def("has_forward_failed", &has_forward_failed, py::arg("output"));
   py::class_<UnitHooks, std::shared_ptr<UnitHooks>>(module, "UnitHooks")
       .def(py::init<py::function, py::function, py::function>(), py::kw_only(),
            py::arg("long_pre_forward"), py::arg("long_post_forward"), py::arg("find_tensors"))
-      .def("connect", &UnitHooks::connect, py::arg("engine"), py::arg("unit"), py::kw_only(),
+      .def("connect", &UnitHooks::connect, py::arg("engine"), py::arg("units"), py::kw_only(),
            py::arg("input_dtype"))
       .def("disconnect", &UnitHooks::disconnect)
       .def("pre_forward", &UnitHooks::pre_forward)

@@ -1,8 +1,8 @@
 // UnitHooks: the forward hooks of a unit's module.
 //
 // The short way is C++ alone and makes no Python object: most units, in every step but the first.
-// The long way is the Python functions that are given: the root, units of several modules, inputs
-// that must be cast, and whatever else Python takes back by disconnect().
+// The long way is the Python functions that are given: the outermost forward, units of several
+// modules, inputs that must be cast, and whatever else Python takes back by disconnect().
 //
 // All members are called with the GIL. It is not held while the engine waits.
 #pragma once
@@ -22,13 +22,13 @@ class UnitHooks {
  public:
   //   long_pre_forward   (module, args, kwargs) -> (args, kwargs)
   //   long_post_forward  (module, args, output) -> output
-  //   find_tensors       (value) -> list of the tensors in a value that is no plain container
+  //   find_tensors       (output) -> list of its tensors, for outputs that are no plain containers
   UnitHooks(pybind11::function long_pre_forward, pybind11::function long_post_forward,
             pybind11::function find_tensors);
 
-  // From here on the short way, for unit `unit` of `engine`. With `input_dtype`, only for inputs
-  // whose floating point tensors have it.
-  void connect(const std::shared_ptr<Engine>& engine, int unit,
+  // From here on the short way, for `units` of `engine`, which are gathered together. With
+  // `input_dtype`, only for inputs whose floating point tensors have it.
+  void connect(const std::shared_ptr<Engine>& engine, std::vector<int> units,
                std::optional<at::ScalarType> input_dtype);
   void disconnect() { engine_.reset(); }
 
@@ -40,15 +40,20 @@ class UnitHooks {
                                 const pybind11::object& output);
 
  private:
-  void append_tensors(pybind11::handle value, std::vector<at::Tensor>& tensors) const;
+  [[nodiscard]] static bool append_tensors(pybind11::handle value,
+                                           std::vector<at::Tensor>& tensors);
 
   const pybind11::function long_pre_forward_;
   const pybind11::function long_post_forward_;
   const pybind11::function find_tensors_;
   std::weak_ptr<Engine> engine_;  // empty: the long way
-  int unit_ = -1;
+  std::vector<int> units_;
   std::optional<at::ScalarType> input_dtype_;
 };
+
+// Whether a forward hook with always_call=True runs because the forward threw: it gets None then,
+// as after a forward that returns None.
+[[nodiscard]] bool has_forward_failed(const pybind11::object& output);
 
 void bind_unit_hooks(pybind11::module_& module);
 

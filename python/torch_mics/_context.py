@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+import weakref
 from typing import Any
 
 import torch
@@ -24,8 +26,14 @@ def units_of(module: nn.Module) -> list[ShardedUnit]:
     for child in module.modules():
         unit: ShardedUnit | None = getattr(child, "_mics_unit", None)
         if unit is not None:
-            units.setdefault(id(unit), unit)
+            units.update((id(each), each) for each in unit.all if id(each) not in units)
     return list(units.values())
+
+
+def contexts_of(module: nn.Module) -> list[Context]:
+    """Lists the contexts of the units at and below `module`: several where children run without it."""
+    found = (unit.context for unit in units_of(module))
+    return list({id(context): context for context in found if context is not None}.values())
 
 
 class Context:
@@ -87,14 +95,19 @@ class Context:
         names = {id(module): name for name, module in root.named_modules()}
         for unit in self.units:
             found = [names.get(id(module)) or _class_name(module) for module in unit.modules]
-            unit.name = ", ".join(found)
+            for each in unit.all:
+                each.name = ", ".join(found)
+            for companion in unit.companions:
+                companion.name += f" ({str(companion.dtype).removeprefix('torch.')})"
 
     def _make_engine(self) -> None:
         for index, unit in enumerate(self.units):
             unit.context, unit.index = self, index
             unit.make_handle(
                 self.communicators[unit.groups.variant(unit.hierarchical)],
-                is_outer=len({id(inner) for m in unit.modules for inner in units_of(m)}) > 1,
+                is_outer=any(
+                    inner.modules != unit.modules for m in unit.modules for inner in units_of(m)
+                ),
             )
         handles = [unit.handle for unit in self.units if unit.handle is not None]
         depths = _C.Depths()
@@ -105,6 +118,8 @@ class Context:
             streams=self.streams,
             depths=depths,
         )
+        self.engine.set_hook_check(functools.partial(_check_hooks, weakref.ref(self)))
+        self.engine.set_refresh(functools.partial(_follow_requires_grad, weakref.ref(self)))
         self.push_settings()
         self.push_prefetch()
         for unit in self.units:
@@ -121,21 +136,21 @@ class Context:
             self.engine.set_backward_prefetch(unit.index, indices(unit.backward_prefetch))
 
     def refresh(self) -> None:
-        """Makes the engine anew when parameters were frozen or unfrozen since. At a root forward."""
+        """Follows parameters that were frozen or unfrozen since. Before an outermost forward."""
         self._tell_of_order_changes()
-        if self.engine.matches_requires_grad():
-            return
+        # Without autograd it makes no difference, and it may be put back before it does.
+        if torch.is_grad_enabled() and not self.engine.matches_requires_grad():
+            self.follow_requires_grad()
+
+    def follow_requires_grad(self) -> None:
+        """Lets units have gradients for the parameters that require them now. Collective."""
+        check_same(
+            "which parameters require gradients",
+            {unit.name: {p.name: p.sharded.requires_grad for p in unit.parameters} for unit in self.units},
+        )
         for unit in self.units:
-            if unit.handle is not None and (
-                unit.handle.has_pending or unit.handle.has_full_gradient
-            ):
-                raise RuntimeError(
-                    "requires_grad must not change during an accumulation: unit "
-                    f'"{unit.name}" has gradients that are not synchronised.'
-                )
-        self.engine.reset()
-        _check_agreement(self.units)
-        self._make_engine()
+            if unit.handle is not None and not unit.handle.matches_requires_grad():
+                unit.change_trainable()
 
     def _tell_of_order_changes(self) -> None:
         if self._has_told_of_order or self.engine.num_order_changes == 0:
@@ -159,7 +174,7 @@ class Context:
     def push_settings(self) -> None:
         """Brings all C++ units up to their settings."""
         for unit in self.units:
-            unit.push_settings(is_root=unit is self.root_unit)
+            unit.push_settings(is_root=unit in self.root_unit.all)
 
     def _all_communicators(self) -> list[_C.Communicator]:
         found = [c for made in self.communicators.values() for c in made.all()]
@@ -201,6 +216,26 @@ _TRAFFIC_FIELDS = (
     "received_intra_nbytes",
     "received_inter_nbytes",
 )
+
+
+def _follow_requires_grad(reference: weakref.ref[Context]) -> None:
+    context = reference()
+    if context is not None:
+        context.follow_requires_grad()
+
+
+def _check_hooks(reference: weakref.ref[Context]) -> None:
+    """Raises where a sharded parameter has a hook that would never run."""
+    context = reference()
+    for unit in context.units if context is not None else []:
+        for parameter in unit.parameters:
+            if parameter.sharded._backward_hooks:
+                raise RuntimeError(
+                    "a sharded parameter must have no gradient hooks: got Tensor.register_hook on "
+                    f'"{parameter.name}" of unit "{unit.name}". Autograd never sees sharded '
+                    "parameters. Use register_post_accumulate_grad_hook, set_all_reduce_hook on its "
+                    "unit, or change `.grad` after backward."
+                )
 
 
 def _check_shards(units: list[ShardedUnit]) -> None:
@@ -258,11 +293,12 @@ def _check_agreement(units: list[ShardedUnit]) -> None:
 
 def _checksum(shard: torch.Tensor) -> str:
     """Tells shards apart by their bits: a weighted sum of them, modulo 2**64."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[shard.element_size()]
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32}.get(shard.element_size(), torch.int64)
     total = 0
     for start in range(0, shard.numel(), _CHECKSUM_CHUNK):
         bits = shard.detach()[start : start + _CHECKSUM_CHUNK].view(integers).long()
-        places = torch.arange(start, start + bits.numel(), device=bits.device)
+        first = start * bits.numel() // max(1, min(_CHECKSUM_CHUNK, shard.numel() - start))
+        places = torch.arange(first, first + bits.numel(), device=bits.device)
         # Odd weights: no bit is lost. The constant is the golden ratio's, in 32 bits.
         total += int((bits * (2 * places * 0x9E3779B1 + 1)).sum())
     return f"{total % 2**64:x}"

@@ -34,7 +34,11 @@ def register_hooks(unit: ShardedUnit) -> None:
 
 
 class _Guard:
-    """Refuses the forward of a module inside a unit while the unit is sharded."""
+    """Lets a module inside a unit run outside of the unit's own forward, or refuses it.
+
+    Inside another forward the unit is lent until the outermost one returns; outside of all nobody could
+    tell when its parameters may be freed.
+    """
 
     def __init__(self, unit: ShardedUnit) -> None:
         self._unit = unit
@@ -42,13 +46,30 @@ class _Guard:
     def __call__(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return  # Dynamo drops the guard from what it compiles
-        handle = self._unit.handle
-        if (handle is None or not handle.is_unsharded) and not self._unit.is_full_elsewhere:
+        unit = self._unit
+        lend(unit, unit.modules[0])
+        handle = unit.handle
+        if (handle is None or not handle.is_unsharded) and not unit.is_full_elsewhere:
             raise RuntimeError(
-                "a module inside a unit must run inside the unit's forward: got a call of "
-                f'{type(module).__name__} while its unit "{self._unit.name}" is sharded. Call the '
-                "unit, or unshard() it first."
+                "a module inside a unit must run inside the unit's forward or that of a module above: "
+                f'got a call of {type(module).__name__} while its unit "{unit.name}" is sharded. Call '
+                "the unit, or unshard() it first."
             )
+
+
+def lend(unit: ShardedUnit, module: nn.Module) -> None:
+    """Gathers the unit when its parameters are used in a forward, but not in that of `module`.
+
+    They are there until the outermost forward returns, and are reduced with it.
+    """
+    context = unit.context
+    if context is None or unit is context.root_unit or unit.is_full_elsewhere:
+        return
+    is_group = len(unit.modules) > 1
+    if is_group and module in unit.running:
+        return
+    for each in unit.all:
+        context.engine.lend(each.index, is_group=is_group)
 
 
 def ensure_context(module: nn.Module, unit: ShardedUnit) -> Context:
@@ -58,7 +79,7 @@ def ensure_context(module: nn.Module, unit: ShardedUnit) -> Context:
     with torch.inference_mode(False):
         if context is None:
             context = Context(module, unit)
-        elif unit is context.root_unit:
+        elif not (context.engine.is_in_forward or _is_recomputation()):
             context.refresh()
     return context
 
@@ -81,14 +102,15 @@ def _pre_forward(
     if policy.cast_forward_inputs and policy.param_dtype is not None:
         args = cast_floating(args, policy.param_dtype)
         kwargs = cast_floating(kwargs, policy.param_dtype)
-    if _is_recomputation():
-        context.engine.pre_forward(unit.index)
-        return args, kwargs
-    if len(unit.modules) > 1:
+    if len(unit.modules) > 1 and not _is_recomputation():
+        unit.running.append(module)
         if unit.modules_to_run:
             return args, kwargs  # a later module of a group that is open
-        unit.modules_to_run = set(unit.modules)
-    context.engine.pre_forward(unit.index)
+        # Outside of any forward a module runs for itself: the others need not follow.
+        is_alone = not context.engine.is_in_forward and unit is not context.root_unit
+        unit.modules_to_run = {module} if is_alone else set(unit.modules)
+    for each in unit.all:
+        context.engine.pre_forward(each.index)
     return args, kwargs
 
 
@@ -102,22 +124,29 @@ def _post_forward(module: nn.Module, args: Any, output: Any) -> Any:
     context = unit.context
     if context is None:  # its own pre-forward failed
         return output
-    failed = output is None
+    failed = _C.has_forward_failed(output)
+    tensors = None
     if not failed:
         if unit.policy.output_dtype is not None:
             output = cast_floating(output, unit.policy.output_dtype)
         if torch.is_grad_enabled():
-            context.engine.watch_outputs(unit.index, find_tensors(output))
+            tensors = find_tensors(output)
+    is_open = False
     if not _is_recomputation():
         if len(unit.modules) > 1:
+            if module in unit.running:
+                unit.running.remove(module)
             unit.modules_to_run.discard(module)
             if failed:
                 unit.modules_to_run.clear()
-            if unit.modules_to_run:
-                return output
-        if unit is context.root_unit:
+            is_open = bool(unit.modules_to_run)
+        if unit is context.root_unit and not is_open:
             _close_open_groups(context)
-    context.engine.post_forward(unit.index, failed=failed)
+    for each in reversed(unit.all):
+        if tensors is not None:
+            context.engine.watch_outputs(each.index, tensors)
+        if not is_open:
+            context.engine.post_forward(each.index, failed=failed)
     return output
 
 
@@ -126,11 +155,20 @@ def _close_open_groups(context: Context) -> None:
     for unit in context.units:
         if unit is not context.root_unit and unit.modules_to_run:
             unit.modules_to_run.clear()
-            context.engine.post_forward(unit.index, failed=False)
+            unit.running.clear()
+            for each in reversed(unit.all):
+                context.engine.post_forward(each.index, failed=False)
 
 
 class ForwardAdapter:
-    """What torch.distributed.fsdp.register_fsdp_forward_method expects behind _get_fsdp_state()."""
+    """What functions of torch.distributed.fsdp expect behind _get_fsdp_state().
+
+    register_fsdp_forward_method calls _pre_forward and _post_forward. share_comm_ctx shares a _comm_ctx:
+    all models share their streams here, so there is nothing to share.
+    """
+
+    _comm_ctx: object = None
+    _fsdp_param_group: object = None
 
     def _pre_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from torch_mics._context import Context, units_of
+from torch_mics._context import Context, contexts_of, units_of
 from torch_mics._hooks import ForwardAdapter, ensure_context
 from torch_mics._residency import check_keep, resolve_reshard
 from torch_mics._unit import ShardedUnit
@@ -27,7 +27,8 @@ class UnshardHandle:
     def wait(self) -> None:
         """Returns when the unit is unsharded; only the first call does anything."""
         if self._unit is not None and self._unit.context is not None:
-            self._unit.context.engine.unshard(self._unit.index)
+            for unit in self._unit.all:
+                self._unit.context.engine.unshard(unit.index)
         self._unit = None
 
 
@@ -49,7 +50,10 @@ class MiCSModule(FSDPModule):
         return cast(ShardedUnit, self._mics_unit)  # type: ignore[attr-defined]
 
     def _units(self, *, recurse: bool = True) -> list[ShardedUnit]:
-        return units_of(cast(nn.Module, self)) if recurse else [self._unit]
+        return units_of(cast(nn.Module, self)) if recurse else self._unit.all
+
+    def _contexts(self) -> list[Context]:
+        return contexts_of(cast(nn.Module, self))
 
     def _context(self) -> Context:
         return ensure_context(cast(nn.Module, self), self._unit)
@@ -57,7 +61,7 @@ class MiCSModule(FSDPModule):
     def _set(self, field: str, value: object, *, recurse: bool = True) -> None:
         for unit in self._units(recurse=recurse):
             setattr(unit.settings, field, value)
-            is_root = unit.context is not None and unit.context.root_unit is unit
+            is_root = unit.context is not None and unit in unit.context.root_unit.all
             unit.push_settings(is_root=is_root)
 
     def _get_fsdp_state(self) -> Any:
@@ -69,7 +73,8 @@ class MiCSModule(FSDPModule):
             unit.release_handle()
         # FSDPModule's own _apply works on its state, which is not there.
         result = super(FSDPModule, self)._apply(fn, recurse)  # type: ignore[misc]
-        self._unit.repack()
+        for unit in self._unit.all:
+            unit.repack()
         return result
 
     def extra_repr(self) -> str:
@@ -78,7 +83,7 @@ class MiCSModule(FSDPModule):
         topology = unit.groups.topology
         variant = unit.groups.variant(unit.hierarchical).name.lower()
         sharded = (
-            f"mics: {len(unit.parameters)} parameters over {topology.partition_size} of "
+            f"mics: {sum(len(each.parameters) for each in unit.all)} parameters over {topology.partition_size} of "
             f"{topology.world_size} ranks, {variant}"
         )
         own = super().extra_repr()  # type: ignore[misc]
@@ -93,16 +98,16 @@ class MiCSModule(FSDPModule):
             async_op: return a handle; the parameters may be used after its wait().
         """
         context = self._context()
-        if not async_op:
-            context.engine.unshard(self._unit.index)
-            return None
-        context.engine.prefetch(self._unit.index)
-        return UnshardHandle(self._unit)
+        gather = context.engine.prefetch if async_op else context.engine.unshard
+        for unit in self._unit.all:
+            gather(unit.index)
+        return UnshardHandle(self._unit) if async_op else None
 
     def reshard(self) -> None:
         """Frees the full parameters of this module's own unit and registers the sharded ones."""
         if self._unit.context is not None:
-            self._unit.context.engine.reshard(self._unit.index)
+            for unit in self._unit.all:
+                self._unit.context.engine.reshard(unit.index)
 
     def set_reshard_after_forward(
         self, reshard_after_forward: bool | int, recurse: bool = True
@@ -134,13 +139,15 @@ class MiCSModule(FSDPModule):
 
     def set_modules_to_forward_prefetch(self, modules: list[FSDPModule]) -> None:
         """Gathers the units of `modules`, in this order, when this module's forward begins."""
-        self._unit.forward_prefetch = _prefetch_units(modules)
+        for unit in self._unit.all:
+            unit.forward_prefetch = _prefetch_units(modules)
         if self._unit.context is not None:
             self._unit.context.push_prefetch()
 
     def set_modules_to_backward_prefetch(self, modules: list[FSDPModule]) -> None:
         """Gathers the units of `modules`, in this order, when this module's backward begins."""
-        self._unit.backward_prefetch = _prefetch_units(modules)
+        for unit in self._unit.all:
+            unit.backward_prefetch = _prefetch_units(modules)
         if self._unit.context is not None:
             self._unit.context.push_prefetch()
 
@@ -209,20 +216,22 @@ class MiCSModule(FSDPModule):
 
     def set_manual_backward_finalization(self, enabled: bool) -> None:
         """True: gradients become visible in finalize_backward() and not when backward ends."""
-        self._context().engine.set_manual_finalization(enabled)
+        self._context()
+        for context in self._contexts():
+            context.engine.set_manual_finalization(enabled)
 
     def finalize_backward(self, *, async_op: bool = False) -> None:
         """Ends a backward under set_manual_backward_finalization(True)."""
         if async_op:
             raise ValueError("finalize_backward must be called with async_op=False: got True.")
-        self._context().engine.finish_backward()
+        for context in self._contexts():
+            context.engine.finish_backward()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As nn.Module.zero_grad(); also drops an accumulation that has not reached its boundary."""
-        if self._unit.context is not None:
-            for unit in self._units():
-                if unit.context is not None:
-                    unit.context.engine.drop_gradients(unit.index)
+        for unit in self._units():
+            if unit.context is not None:
+                unit.context.engine.drop_gradients(unit.index)
         super(FSDPModule, self).zero_grad(set_to_none)  # type: ignore[misc]
 
     def reset(self) -> None:
@@ -233,8 +242,8 @@ class MiCSModule(FSDPModule):
         """
         for unit in self._units():
             unit.modules_to_run.clear()
-        context = self._unit.context
-        if context is not None:
+            unit.running.clear()
+        for context in self._contexts():
             context.engine.reset()
             if context.flight_log is not None:
                 context.flight_log.begin_incident()  # the next failure is told of anew
@@ -247,8 +256,8 @@ class MiCSModule(FSDPModule):
         Raises:
             ValueError: during an accumulation, or while a module is unsharded.
         """
-        if self._unit.context is not None:
-            self._unit.context.engine.release_memory()
+        for context in self._contexts():
+            context.engine.release_memory()
 
     def reset_iter_state(self) -> None:
         """The name of reset() in FSDPModule."""
@@ -295,7 +304,7 @@ class MiCSModule(FSDPModule):
                 "at least one reduction must be in flight: got "
                 f"max_input_buffers={max_input_buffers}."
             )
-        if self._unit.context is not None:
+        if self._contexts():
             raise RuntimeError(
                 "set_reduce_scatter_max_input_buffers must be called before the first forward."
             )
@@ -336,4 +345,4 @@ def _prefetch_units(modules: list[FSDPModule]) -> list[ShardedUnit]:
             raise ValueError(
                 f"modules to prefetch must be sharded by torch_mics: got {type(module).__name__}."
             )
-    return [cast(MiCSModule, module)._unit for module in modules]
+    return [unit for module in modules for unit in cast(MiCSModule, module)._unit.all]

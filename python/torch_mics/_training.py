@@ -12,12 +12,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from torch_mics import _C
+from torch_mics._context import Context, contexts_of
+from torch_mics._exchange import naming
 from torch_mics._module import MiCSModule
-from torch_mics._unit import ShardedUnit
 
 
 def check_sharded(model: nn.Module, caller: str) -> MiCSModule:
-    """Raises TypeError when `model` is not a sharded module."""
+    """Gives the sharded module that `model` is, or that torch.compile has wrapped in it.
+
+    Raises:
+        TypeError: `model` is not sharded.
+    """
+    while "_orig_mod" in getattr(model, "_modules", ()):
+        model = model.get_submodule("_orig_mod")
     if not isinstance(model, MiCSModule):
         raise TypeError(
             f"{caller} needs a sharded model: got {type(model).__name__}. Call shard_model() first."
@@ -121,12 +128,13 @@ def _local_norm(tensors: list[torch.Tensor], norm_type: float) -> torch.Tensor:
 
 def _reduce_norm(norm: torch.Tensor, norm_type: float, mesh: DeviceMesh) -> torch.Tensor:
     group = mesh.get_group(mesh.ndim - 1)
-    if norm_type == float("inf"):
-        dist.all_reduce(norm, dist.ReduceOp.MAX, group)
-        return norm
-    powered = norm**norm_type
-    dist.all_reduce(powered, dist.ReduceOp.SUM, group)
-    return powered ** (1.0 / norm_type)
+    with naming("clip_grad_norm_", dist.get_process_group_ranks(group)):
+        if norm_type == float("inf"):
+            dist.all_reduce(norm, dist.ReduceOp.MAX, group)
+            return norm
+        powered = norm**norm_type
+        dist.all_reduce(powered, dist.ReduceOp.SUM, group)
+        return powered ** (1.0 / norm_type)
 
 
 def traffic(model: nn.Module) -> dict[str, dict[str, int]]:
@@ -136,8 +144,13 @@ def traffic(model: nn.Module) -> dict[str, dict[str, int]]:
     sent_intra_nbytes, sent_inter_nbytes, received_intra_nbytes, received_inter_nbytes, where intra and
     inter are peers on the same and on another node. Empty before the first forward.
     """
-    unit: ShardedUnit = check_sharded(model, "traffic")._unit
-    return {} if unit.context is None else unit.context.traffic()
+    totals: dict[str, dict[str, int]] = {}
+    for context in contexts_of(check_sharded(model, "traffic")):
+        for name, counters in context.traffic().items():
+            total = totals.setdefault(name, dict.fromkeys(counters, 0))
+            for field, count in counters.items():
+                total[field] += count
+    return totals
 
 
 def memory(model: nn.Module) -> dict[str, int]:
@@ -149,10 +162,13 @@ def memory(model: nn.Module) -> dict[str, int]:
 
     Collective before the first forward.
     """
-    context = check_sharded(model, "memory")._context()
-    planned = context.engine.memory()
-    parts = {part.name: part.nbytes for part in planned.parts}
-    return {**parts, "beside the plan": planned.grown_nbytes}
+    totals: dict[str, int] = {}
+    for context in _contexts(model, "memory"):
+        planned = context.engine.memory()
+        for part in planned.parts:
+            totals[part.name] = totals.get(part.name, 0) + part.nbytes
+        totals["beside the plan"] = totals.pop("beside the plan", 0) + planned.grown_nbytes
+    return totals
 
 
 def exposed(model: nn.Module) -> dict[str, dict[str, float]]:
@@ -162,16 +178,20 @@ def exposed(model: nn.Module) -> dict[str, dict[str, float]]:
     waiting for slower ranks included. On CPUs; a device's own waits are not seen. torch.profiler shows the
     same waits as ranges "torch_mics: ...". Empty before the first forward.
     """
-    context = check_sharded(model, "exposed")._unit.context
-    if context is None:
-        return {}
     return {
         unit.name: {
             "gather": context.engine.exposed_gather(unit.index).total_seconds(),
             "reduce": context.engine.exposed_reduce(unit.index).total_seconds(),
         }
+        for context in contexts_of(check_sharded(model, "exposed"))
         for unit in context.units
     }
+
+
+def _contexts(model: nn.Module, caller: str) -> list[Context]:
+    """Those of the units below `model`; that of the model itself, made now, where there is none."""
+    module = check_sharded(model, caller)
+    return contexts_of(module) or [module._context()]
 
 
 def describe(model: nn.Module) -> str:
@@ -180,7 +200,7 @@ def describe(model: nn.Module) -> str:
     Rank 0 also logs it at the first forward, by the logger "torch_mics" at level INFO. Collective before
     the first forward.
     """
-    return check_sharded(model, "describe")._context().describe()
+    return "\n".join(context.describe() for context in _contexts(model, "describe"))
 
 
 def backends(model: nn.Module) -> dict[str, str]:
@@ -188,5 +208,7 @@ def backends(model: nn.Module) -> dict[str, str]:
 
     Names as in traffic(). Empty before the first forward.
     """
-    unit: ShardedUnit = check_sharded(model, "backends")._unit
-    return {} if unit.context is None else unit.context.backends()
+    found: dict[str, str] = {}
+    for context in contexts_of(check_sharded(model, "backends")):
+        found |= context.backends()
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -36,17 +36,19 @@ class Parameter:
         name: as found below the unit's first module.
         sizes: of the full parameter.
         places: where modules hold it.
-        sharded: the DTensor that the optimizer sees; its local tensor is a view of the shard.
+        sharded: the DTensor that the optimizer sees; its local tensor is a part of the shard.
+        marks: attributes of frameworks and users (_no_weight_decay): of every tensor that stands for it.
     """
 
     name: str
     sizes: torch.Size
     places: list[Place]
     sharded: nn.Parameter
+    marks: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def local(self) -> torch.Tensor:
-        """This rank's rows, a view of the shard; maybe none."""
+        """This rank's rows, a part of the shard; maybe none."""
         return self.sharded._local_tensor  # type: ignore[attr-defined]
 
 
@@ -64,6 +66,25 @@ class Settings:
     accumulate: str = "two_hop"
     gradient_divide_factor: float | None = None  # None: the world size
     reductions_in_flight: int = 2  # the root's holds for all
+
+
+def _copy_marks(marks: dict[str, Any], tensor: torch.Tensor) -> None:
+    # One by one: Dynamo follows this, and not an update of __dict__.
+    for name, value in marks.items():
+        setattr(tensor, name, value)
+
+
+class UnitReference:
+    """A weak reference to a unit; a copy, and what is read from a file, refers to none."""
+
+    def __init__(self, unit: ShardedUnit | None = None) -> None:
+        self._unit = None if unit is None else weakref.ref(unit)
+
+    def __call__(self) -> ShardedUnit | None:
+        return None if self._unit is None else self._unit()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (UnitReference, ())
 
 
 class ShardedUnit:
@@ -93,9 +114,13 @@ class ShardedUnit:
         self.context: Context | None = None
         self.handle: _C.Unit | None = None
         self.index = -1
-        self.hooks: _C.UnitHooks | None = None
-        # Modules of a group that the open forward has still to run.
+        self.hooks: _C.UnitHooks | None = None  # of its modules; a companion has none
+        self.has_gradient: list[bool] = []  # per parameter, as the C++ unit has it
+        # Frozen parameters of other dtypes, one unit per dtype, gathered and freed with this one.
+        self.companions: list[ShardedUnit] = []
+        # Of a group: modules that the open forward has still to run, and those that run now.
         self.modules_to_run: set[nn.Module] = set()
+        self.running: list[nn.Module] = []
         self.is_full_elsewhere = False  # inside unsharded()
 
     @property
@@ -106,27 +131,33 @@ class ShardedUnit:
     @property
     def parameter_dtype(self) -> torch.dtype:
         """Of the full parameters."""
-        return self.policy.param_dtype or self.dtype
+        return self.policy.param_dtype if self._casts and self.policy.param_dtype else self.dtype
 
     @property
     def reduce_dtype(self) -> torch.dtype:
         """Of gradients on their way."""
-        return self.policy.reduce_dtype or self.parameter_dtype
+        return self.policy.reduce_dtype if self._casts and self.policy.reduce_dtype else self.parameter_dtype
+
+    @property
+    def _casts(self) -> bool:
+        """Integers are codes, not numbers."""
+        return self.dtype.is_floating_point
+
+    @property
+    def all(self) -> list[ShardedUnit]:
+        """This unit and its companions."""
+        return [self, *self.companions]
 
     @property
     def partition_rank(self) -> int:
         """This rank's index in the partition group."""
         return self.groups.mesh.get_local_rank(self.groups.mesh.ndim - 1)
 
-    def layout(self, *, only_trainable: bool = False) -> _C.ShardLayout:
-        """Computes where each parameter lies."""
-        sizes = [
-            list(parameter.sizes)
-            for parameter in self.parameters
-            if parameter.sharded.requires_grad or not only_trainable
-        ]
+    def layout(self, chosen: list[bool] | None = None) -> _C.ShardLayout:
+        """Computes where each parameter lies, or where each one of those that are chosen does."""
+        chosen = chosen or [True] * len(self.parameters)
         return _C.ShardLayout(
-            sizes,
+            [list(p.sizes) for p, is_in in zip(self.parameters, chosen, strict=True) if is_in],
             partition_size=self.groups.topology.partition_size,
             alignment=_C.layout_alignment(self.parameter_dtype, self.reduce_dtype),
         )
@@ -134,12 +165,9 @@ class ShardedUnit:
     def _view(
         self, buffer: torch.Tensor, layout: _C.ShardLayout, index: int, sizes: torch.Size
     ) -> torch.Tensor:
-        """This rank's rows of parameter `index` in a buffer with that layout."""
+        """This rank's rows of parameter `index`: a part of a buffer with that layout."""
         first, last = layout.rows_of(index, self.partition_rank)
-        place = layout.parameter(index)
-        rows = last - first
-        flat = buffer.narrow(0, place.shard_offset, rows * place.row_numel)
-        return flat.view(rows, *sizes[1:])
+        return _C.make_part(buffer, layout.parameter(index).shard_offset, [last - first, *sizes[1:]])
 
     def _wrap(self, local: torch.Tensor, sizes: torch.Size) -> DTensor:
         """A DTensor over this rank's rows; no copy, no communication."""
@@ -176,7 +204,9 @@ class ShardedUnit:
             sharded = nn.Parameter(
                 self._wrap(local, parameter.sizes), requires_grad=full.requires_grad
             )
-            # nn.Parameter detaches, and with it the version counter that tells a changed shard.
+            parameter.marks = dict(full.__dict__)
+            _copy_marks(parameter.marks, sharded)
+            # nn.Parameter detaches, and with it the version counter that tells of writes.
             sharded._local_tensor = local  # type: ignore[attr-defined]
             parameter.sharded = sharded
             full._mics_replaced = parameter.name  # type: ignore[attr-defined]
@@ -191,7 +221,7 @@ class ShardedUnit:
         collector sees no cycle.
         """
         for parameter in self.parameters:
-            parameter.sharded._mics_unit = weakref.ref(self)  # type: ignore[attr-defined]
+            parameter.sharded._mics_unit = UnitReference(self)  # type: ignore[attr-defined]
 
     def repack(self) -> None:
         """Moves the local tensors, wherever they are now, into one new shard, and binds them to it.
@@ -222,26 +252,18 @@ class ShardedUnit:
             communicators: where its collectives run.
             is_outer: other units run inside its forward.
         """
-        trainable_layout = self.layout(only_trainable=True)
-        gradient = torch.zeros(
-            trainable_layout.shard_numel, dtype=self.dtype, device=self.shard.device
-        )
-        described = []
-        index = 0
-        for parameter in self.parameters:
-            wrapped: torch.Tensor | None = None
-            if parameter.sharded.requires_grad:
-                view = self._view(gradient, trainable_layout, index, parameter.sizes)
-                wrapped = self._wrap(view, parameter.sizes)
-                index += 1
-            described.append(
-                _C.UnitParameter(
-                    name=f"{self.name}.{parameter.name}",
-                    sizes=list(parameter.sizes),
-                    sharded=parameter.sharded,
-                    gradient=wrapped,
-                )
+        self.has_gradient = [parameter.sharded.requires_grad for parameter in self.parameters]
+        gradient, wrapped = self._make_gradients()
+        described = [
+            _C.UnitParameter(
+                name=f"{self.name}.{parameter.name}",
+                sizes=list(parameter.sizes),
+                sharded=parameter.sharded,
+                local=parameter.local,
+                gradient=each,
             )
+            for parameter, each in zip(self.parameters, wrapped, strict=True)
+        ]
         handle = _C.Unit(
             name=self.name,
             parameters=described,
@@ -261,6 +283,7 @@ class ShardedUnit:
         full_parameters = []
         for view, parameter in zip(handle.full_views(), self.parameters, strict=True):
             full = nn.Parameter(view, requires_grad=parameter.sharded.requires_grad)
+            _copy_marks(parameter.marks, full)
             full_parameters.append(full)
             for place in parameter.places:
                 exchange.add(
@@ -276,12 +299,37 @@ class ShardedUnit:
             handle.set_gradient_hook(self.gradient_hook)
         self.handle = handle
 
+    def _make_gradients(self) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """The buffer that `.grad`s are views of, and what they will be; None where there is none."""
+        layout = self.layout(self.has_gradient)
+        gradient = torch.zeros(layout.shard_numel, dtype=self.dtype, device=self.shard.device)
+        places = iter(range(len(self.parameters)))
+        return gradient, [
+            self._wrap(self._view(gradient, layout, next(places), p.sizes), p.sizes) if has else None
+            for p, has in zip(self.parameters, self.has_gradient, strict=True)
+        ]
+
+    def change_trainable(self) -> None:
+        """Follows parameters that were frozen or unfrozen; graphs and accumulations stay as they are.
+
+        A parameter that has a part of a gradient keeps its place until that is visible.
+        """
+        assert self.handle is not None and self.context is not None
+        keeps = self.handle.is_accumulating
+        self.has_gradient = [
+            parameter.sharded.requires_grad or (keeps and had)
+            for parameter, had in zip(self.parameters, self.has_gradient, strict=True)
+        ]
+        gradient, wrapped = self._make_gradients()
+        self.context.engine.change_trainable(self.index, wrapped, gradient)
+
     def connect_hooks(self) -> None:
         """Lets forwards of this unit take the short way through C++ when nothing needs the long one.
 
         To be called when anything that is asked here has changed.
         """
-        assert self.hooks is not None
+        if self.hooks is None:
+            return
         context, policy = self.context, self.policy
         if (
             context is None
@@ -295,7 +343,7 @@ class ShardedUnit:
             return
         self.hooks.connect(
             context.engine,
-            self.index,
+            [unit.index for unit in self.all],
             input_dtype=policy.param_dtype if policy.cast_forward_inputs else None,
         )
 

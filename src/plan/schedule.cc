@@ -20,7 +20,15 @@ std::shared_ptr<Tape> Schedule::new_tape() {
 int64_t Schedule::begin_call(Tape& tape, int unit) {
   MICS_INTERNAL_CHECK(unit >= 0 && unit < num_units_, "unit ", unit, " of ", num_units_, ".");
   const int64_t call = next_call_++;
-  tape.events_.push_back({Tape::EventKind::kBegin, call, unit});
+  tape.events_.push_back({Tape::EventKind::kBegin, call, unit, false, /*is_open=*/true});
+  return call;
+}
+
+int64_t Schedule::begin_lent_call(Tape& tape, int unit) {
+  const int64_t call = begin_call(tape, unit);
+  // Behind the outermost begin, wherever this is on the tape.
+  std::rotate(tape.events_.begin() + (tape.events_.size() > 1 ? 1 : 0), tape.events_.end() - 1,
+              tape.events_.end());
   return call;
 }
 
@@ -43,6 +51,7 @@ void Schedule::end_call(Tape& tape, int64_t call, int unit) {
   const auto begin = std::find_if(tape.events_.rbegin(), tape.events_.rend(),
                                   [call](const Tape::Event& event) { return event.call == call; });
   MICS_INTERNAL_CHECK(begin != tape.events_.rend(), "call ", call, " ends but never began.");
+  begin->is_open = false;
   tape.events_.push_back({Tape::EventKind::kEnd, call, unit, begin->is_recomputed});
 }
 
@@ -65,6 +74,7 @@ bool Schedule::has_earlier_call(int unit) const {
 void Schedule::pass_last(Tape& tape, std::vector<Action>& actions) {
   const Tape::Event event = tape.events_.back();
   tape.events_.pop_back();
+  if (event.is_open && !event.is_recomputed) return tape.open_.push_back(event);
   const bool is_unused_recomputation = event.is_recomputed && !event.is_entered();
   switch (event.kind) {
     case Tape::EventKind::kEnd:
@@ -114,14 +124,20 @@ std::vector<Action> Schedule::enter_backward(const std::shared_ptr<Tape>& tape, 
 
 std::vector<Action> Schedule::finish_backward() {
   std::vector<Action> actions;
+  std::set<int> open;
   for (const std::shared_ptr<Tape>& tape : touched_tapes_) {
     while (!tape->events_.empty()) pass_last(*tape, actions);
+    for (const Tape::Event& event : tape->open_) open.insert(event.unit);
+    // The forward goes on as it was.
+    tape->events_.assign(tape->open_.rbegin(), tape->open_.rend());
+    tape->open_.clear();
   }
+  unreduced_.insert(open.begin(), open.end());
   // What is left had its backward after its call was passed, or has calls on a tape that this
-  // backward did not touch.
+  // backward did not touch, or calls that are open.
   for (auto unit = unreduced_.rbegin(); unit != unreduced_.rend(); ++unit) {
     actions.push_back({ActionKind::kReduce, *unit});
-    actions.push_back({ActionKind::kReshard, *unit});
+    if (!open.contains(*unit)) actions.push_back({ActionKind::kReshard, *unit});
   }
   unreduced_.clear();
   touched_tapes_.clear();

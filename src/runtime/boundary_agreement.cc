@@ -28,7 +28,7 @@ BoundaryAgreement::BoundaryAgreement(const std::vector<std::shared_ptr<Unit>>& u
 int64_t BoundaryAgreement::numel() const {
   if (control_ == nullptr) return 0;
   int64_t numel = kNumWords;
-  for (const std::shared_ptr<Unit>& unit : units_) numel += unit->num_trainable();
+  for (const std::shared_ptr<Unit>& unit : units_) numel += unit->layout().num_parameters();
   return numel;
 }
 

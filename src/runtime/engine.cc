@@ -41,7 +41,8 @@ Engine::Engine(std::vector<std::shared_ptr<Unit>> units, Communicator* control,
       orders_(static_cast<int>(units_.size())),
       forward_prefetch_(units_.size()),
       backward_prefetch_(units_.size()),
-      open_calls_(units_.size()) {
+      open_calls_(units_.size()),
+      opaque_(units_.size()) {
   upcoming_.reserve(static_cast<size_t>(std::max(depths_.intra, depths_.rail)));
 }
 
@@ -58,7 +59,8 @@ Engine::~Engine() {
 Engine::MemoryKey Engine::memory_key() const {
   MemoryKey key;
   for (const std::shared_ptr<Unit>& unit : units_) {
-    key.push_back({unit->keeps_full(), unit->keeps_block(), unit->accumulates_block()});
+    key.push_back({unit->keeps_full(), unit->keeps_block(), unit->accumulates_block(),
+                   unit->gradient_layout().shard_numel()});
   }
   return key;
 }
@@ -80,6 +82,14 @@ void Engine::ensure_memory() {
     memory_->register_with(units_);
   }
   gathers_.order_after_shard_writes();
+}
+
+// Where the settings have changed since it was planned, and nothing is in it.
+void Engine::drop_changed_memory() {
+  if (memory_ != nullptr && !gathers_.holds_any() && !reduces_.holds_block() &&
+      memory_key() != memory_key_) {
+    drop_memory();
+  }
 }
 
 // Only while no module holds full parameters and no gradient block holds a sum.
@@ -206,7 +216,7 @@ void Engine::pre_forward(int unit) {
       run(actions);
     }
   } else {
-    if (forward_depth_ == 0) begin_forward();
+    if (forward_depth_ == 0) begin_forward(unit);
     ++forward_depth_;
     if (!forward_tape_) forward_tape_ = schedule_.new_tape();
     open.tape = forward_tape_;
@@ -222,24 +232,31 @@ void Engine::pre_forward(int unit) {
 }
 
 // The outermost forward begins.
-void Engine::begin_forward() {
+void Engine::begin_forward(int unit) {
   // A backward that threw leaves half of its gradients behind, a collective that threw a stream
   // that drops its work; a new forward starts afresh.
   if (backward_died() || has_failed()) reset();
-  if (memory_ != nullptr && !gathers_.holds_any() && !reduces_.holds_block() &&
-      memory_key() != memory_key_) {
-    drop_memory();
-  }
+  check_hooks();
+  drop_changed_memory();
   gathers_.begin_forward(/*is_new=*/!is_accumulating());
   ensure_memory();
   begin_phase(PhaseOrders::Kind::kForward);
+  std::fill(opaque_.begin(), opaque_.end(), std::nullopt);
+  outermost_ = unit;
+}
+
+void Engine::check_hooks() const {
+  if (!hook_check_) return;
+  const bool may_have_any =
+      std::any_of(units_.begin(), units_.end(),
+                  [](const std::shared_ptr<Unit>& unit) { return unit->may_have_hooks(); });
+  if (may_have_any) hook_check_();
 }
 
 // A backward has run that was no boundary, and no boundary since. The same on every rank.
 bool Engine::is_accumulating() const {
-  return std::any_of(units_.begin(), units_.end(), [](const std::shared_ptr<Unit>& unit) {
-    return unit->has_pending() || unit->is_deferred() || unit->hidden().defined();
-  });
+  return std::any_of(units_.begin(), units_.end(),
+                     [](const std::shared_ptr<Unit>& unit) { return unit->is_accumulating(); });
 }
 
 void Engine::note_written(const std::vector<int>& units) {
@@ -293,10 +310,8 @@ void Engine::set_backward_prefetch(int unit, std::vector<int> ahead) {
   backward_prefetch_[static_cast<size_t>(unit)] = std::move(ahead);
 }
 
-void Engine::watch_outputs(int unit, const std::vector<at::Tensor>& outputs) {
-  if (open_calls_[static_cast<size_t>(unit)].empty()) return;
-  OpenCall& open = open_calls_[static_cast<size_t>(unit)].back();
-  if (open.call < 0) return;
+void Engine::watch(OpenCall& open, int unit, const std::vector<at::Tensor>& outputs) {
+  open.is_opaque = outputs.empty();
   for (const at::Tensor& output : outputs) {
     if (!output.requires_grad()) continue;
     open.is_watched = true;
@@ -307,23 +322,80 @@ void Engine::watch_outputs(int unit, const std::vector<at::Tensor>& outputs) {
   }
 }
 
-void Engine::post_forward(int unit, bool failed) {
+bool Engine::is_outermost() const { return forward_depth_ == 1 && !is_inside_autograd(); }
+
+void Engine::watch_outputs(int unit, const std::vector<at::Tensor>& outputs) {
   std::vector<OpenCall>& calls = open_calls_[static_cast<size_t>(unit)];
   if (calls.empty()) return;
+  if (is_outermost()) {
+    for (const int lent : lent_) {
+      OpenCall& open = open_calls_[static_cast<size_t>(lent)].front();
+      if (open.call >= 0) watch(open, lent, outputs);
+    }
+  }
+  if (calls.back().call >= 0) watch(calls.back(), unit, outputs);
+}
+
+void Engine::lend(int unit, bool is_group) {
+  if (is_inside_autograd()) {
+    // A recomputation: the forward that it repeats has lent the unit too.
+    if (backward_alive_.expired() || units_[static_cast<size_t>(unit)]->is_unsharded()) return;
+    use(unit);
+    return schedule_.note_late_use(unit);
+  }
+  std::vector<OpenCall>& calls = open_calls_[static_cast<size_t>(unit)];
+  if (forward_depth_ == 0 || unit == outermost_ || (!calls.empty() && !is_group)) return;
+  if (std::find(lent_.begin(), lent_.end(), unit) != lent_.end()) return;
+  OpenCall open;
+  open.tape = forward_tape_;
+  if (c10::GradMode::is_enabled()) open.call = schedule_.begin_lent_call(*forward_tape_, unit);
+  // It ends after all others.
+  calls.insert(calls.begin(), std::move(open));
+  lent_.push_back(unit);
+  units_[static_cast<size_t>(unit)]->set_lent();
+  use(unit);
+}
+
+// Ends the innermost call that is open.
+void Engine::end_call(int unit, bool failed) {
+  std::vector<OpenCall>& calls = open_calls_[static_cast<size_t>(unit)];
   const OpenCall open = std::move(calls.back());
   calls.pop_back();
+  const bool is_opaque = open.is_opaque && !failed;
   if (open.call >= 0) {
-    if (open.is_watched && !failed) {
+    if ((open.is_watched || is_opaque) && !failed) {
       schedule_.end_call(*open.tape, open.call, unit);
     } else {
       schedule_.cancel_call(*open.tape, open.call);
     }
   }
+  if (is_opaque && !open.is_recomputation) {
+    opaque_[static_cast<size_t>(unit)] = open;
+    units_[static_cast<size_t>(unit)]->watch_gradients([weak = weak_from_this(), unit] {
+      const std::shared_ptr<Engine> engine = weak.lock();
+      if (!engine) return;
+      if (auto& last = engine->opaque_[static_cast<size_t>(unit)]) {
+        engine->enter_backward(*std::exchange(last, std::nullopt), unit);
+      }
+    });
+  }
   // Inside backward the schedule alone reshards: the recomputed forward's backward is still to
   // come.
-  if (open.is_recomputation) return;
+  if (open.is_recomputation || !calls.empty()) return;
   const ResidencySettings& residency = units_[static_cast<size_t>(unit)]->settings().residency;
-  rest(unit, failed ? Residency::kShard : residency.after_forward);
+  const Residency after = is_opaque && open.call >= 0 ? Residency::kFull : residency.after_forward;
+  rest(unit, failed ? Residency::kShard : after);
+}
+
+void Engine::post_forward(int unit, bool failed) {
+  std::vector<OpenCall>& calls = open_calls_[static_cast<size_t>(unit)];
+  if (calls.empty()) return;
+  const bool is_recomputation = calls.back().is_recomputation;
+  if (!is_recomputation && is_outermost()) {
+    for (const int lent : std::exchange(lent_, {})) end_call(lent, failed);
+  }
+  end_call(unit, failed);
+  if (is_recomputation) return;
   // The last one of the forward: what its backward needs first can move beside the loss.
   if (!failed && forward_depth_ > 1 && orders_.upcoming(1).empty()) start_ahead();
   if (--forward_depth_ == 0) {
@@ -343,6 +415,10 @@ void Engine::begin_backward() {
     // No forward came between: only what the dead backward left is dropped.
     reset_pipelines();
     (void)schedule_.finish_backward();
+  }
+  if (refresh_ && !matches_requires_grad()) {
+    refresh_();
+    drop_changed_memory();
   }
   ensure_memory();
   begin_phase(PhaseOrders::Kind::kBackward);
@@ -380,7 +456,10 @@ void Engine::run(const std::vector<Action>& actions) {
         reduce(action.unit);
         break;
       case ActionKind::kReshard:
-        rest(action.unit, unit.settings().residency.between_microsteps);
+        // One that this backward has not gathered may have been for what comes next.
+        if (unit.settings().unshard_in_backward || !gathers_.is_started_ahead(action.unit)) {
+          rest(action.unit, unit.settings().residency.between_microsteps);
+        }
         break;
     }
   }
@@ -425,11 +504,18 @@ void Engine::synchronize_pending() {
   for (const int index : finished) reduces_.wait(index);
   agreement_.check(memory_->flags());
   gathers_.note_boundary();
+  check_hooks();
+  std::vector<std::vector<bool>> used_by_unit;
   auto flag = used.begin();
   for (const int index : finished) {
     const auto last = flag + unit(index).num_trainable();
-    unit(index).expose(std::vector<bool>(flag, last));
+    used_by_unit.emplace_back(flag, last);
+    unit(index).expose(used_by_unit.back());
     flag = last;
+  }
+  // Hooks see all gradients, and may step an optimizer.
+  for (size_t i = 0; i < finished.size(); ++i) {
+    unit(finished[i]).run_gradient_hooks(used_by_unit[i]);
   }
 }
 
@@ -449,6 +535,12 @@ bool Engine::matches_requires_grad() const {
   });
 }
 
+void Engine::change_trainable(int unit, const std::vector<at::Tensor>& gradients,
+                              at::Tensor gradient) {
+  reduces_.settle(unit);
+  units_[static_cast<size_t>(unit)]->change_trainable(gradients, std::move(gradient));
+}
+
 void Engine::drop_gradients(int unit) { reduces_.drop(unit); }
 
 void Engine::reset_pipelines() {
@@ -462,6 +554,8 @@ void Engine::reset_pipelines() {
 void Engine::reset() {
   schedule_.reset();
   for (std::vector<OpenCall>& calls : open_calls_) calls.clear();
+  lent_.clear();
+  std::fill(opaque_.begin(), opaque_.end(), std::nullopt);
   forward_depth_ = 0;
   gathers_.end_forward();
   forward_tape_ = nullptr;

@@ -20,6 +20,23 @@ GatherPipeline::GatherPipeline(const std::vector<std::shared_ptr<Unit>>& units,
   for (size_t i = 0; i < units.size(); ++i) make_events(static_cast<int>(i));
 }
 
+namespace {
+
+// Not every backend moves every dtype (fp8, integers), and a gather only moves.
+at::Tensor to_move(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+    case at::kDouble:
+    case at::kHalf:
+    case at::kBFloat16:
+      return tensor;
+    default:
+      return tensor.view({-1}).view(at::kByte);
+  }
+}
+
+}  // namespace
+
 // Hop 1, or the cast of the shard where there is one node.
 Stream& GatherPipeline::block_stream(const Unit& unit) {
   return unit.num_nodes() > 1 ? *streams_.gather_rail : *streams_.gather_intra;
@@ -134,7 +151,7 @@ bool GatherPipeline::start_rail(int index, bool may_grow) {
   }
   if (hops.rail != nullptr) {
     digest_.note(StepDigest::Launch::kGatherRail, index);
-    hops.rail->all_gather(block, own, stream, started.name());
+    hops.rail->all_gather(to_move(block), to_move(own), stream, started.name());
   }
   stream.record(*to.block_written);
   to.block_of = weights(index);
@@ -150,8 +167,10 @@ std::vector<TensorPair> GatherPipeline::make_pairs(int index) {
       to.block == nullptr
           ? started.shard()
           : to.block->as(started.parameter_dtype(), hops.num_nodes() * layout.shard_numel());
-  return gather_pairs(layout, block, to.full->as(started.parameter_dtype(), layout.full_numel()),
-                      hops);
+  std::vector<TensorPair> pairs = gather_pairs(
+      layout, block, to.full->as(started.parameter_dtype(), layout.full_numel()), hops);
+  for (TensorPair& pair : pairs) pair = {to_move(pair.output), to_move(pair.input)};
+  return pairs;
 }
 
 // Hop 2. Its tensors are made once per pair of slots, and kept where the slots are there to stay: a
@@ -269,8 +288,10 @@ void GatherPipeline::reset() {
   for (size_t i = 0; i < units_.size(); ++i) {
     units_[i]->exchange(false);
     units_[i]->detach();
-    // Events keep a failure, and slots their events.
+    // Events keep a failure, and slots their events. Graphs that are alive know the writes.
+    const int64_t num_writes = states_[i].num_writes;
     states_[i] = State();
+    states_[i].num_writes = num_writes;
     make_events(static_cast<int>(i));
   }
   memory_ = nullptr;

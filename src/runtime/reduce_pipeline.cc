@@ -108,7 +108,7 @@ void ReducePipeline::reduce_to_block(int index, int slot, const std::vector<at::
   const ShardLayout& layout = reduced.gradient_layout();
   const HopCommunicators& hops = reduced.communicators().reduce;
   Stream& stream = *streams_.reduce_intra;
-  const at::Tensor& sum = memory_->gradient_block(index);
+  const at::Tensor sum = gradient_block(index);
   const bool is_first = !reduced.has_pending_block();
   const bool is_direct = is_first && sum.scalar_type() == reduced.reduce_dtype();
   const at::Tensor block =
@@ -150,6 +150,40 @@ void ReducePipeline::reduce_to_pending(int index, int slot,
   if (!is_direct) accumulate(pending_stream(reduced), pending, own, is_first);
 }
 
+at::Tensor ReducePipeline::gradient_block(int index) {
+  const Unit& owner = unit(index);
+  const int64_t numel =
+      owner.communicators().reduce.num_nodes() * owner.gradient_layout().shard_numel();
+  return memory_->gradient_block(index, numel, accumulation_dtype(owner.reduce_dtype()));
+}
+
+// Hop 2 of what was accumulated in a gradient block.
+void ReducePipeline::reduce_block_to_pending(int index) {
+  Unit& reduced = unit(index);
+  const HopCommunicators& hops = reduced.communicators().reduce;
+  Stream& stream = *streams_.reduce_rail;
+  stream.wait(*state(index).block_summed);
+  const at::Tensor block = gradient_block(index);
+  const bool is_first = !reduced.pending().defined();
+  const at::Tensor pending = is_first ? reduced.new_pending() : reduced.pending();
+  const at::Tensor own = is_first ? pending : own_slot(reduced.gradient_layout(), block, hops);
+  hops.rail->reduce_scatter(own, block, stream, reduced.name());
+  if (!is_first) accumulate(stream, pending, own, /*is_first=*/false);
+  stream.record(*state(index).accumulated);
+  reduced.set_pending_block(false);
+}
+
+void ReducePipeline::settle(int index) {
+  const c10::InferenceMode no_inference(false);
+  const c10::NoGradGuard no_grad;
+  if (unit(index).has_pending_block()) reduce_block_to_pending(index);
+  if (unit(index).hidden().defined()) wait(index);
+  if (unit(index).pending().defined()) {
+    wait_exposed(*streams_.compute, *state(index).accumulated, "reduction", unit(index).name(),
+                 state(index).exposed);
+  }
+}
+
 void ReducePipeline::synchronize(int index) {
   Unit& synchronized = unit(index);
   if (!synchronized.has_pending()) return;
@@ -158,19 +192,7 @@ void ReducePipeline::synchronize(int index) {
   const c10::NoGradGuard no_grad;
   const UnitCommunicators& communicators = synchronized.communicators();
   Event& accumulated = *state(index).accumulated;
-  if (synchronized.has_pending_block()) {
-    Stream& stream = *streams_.reduce_rail;
-    stream.wait(*state(index).block_summed);
-    const at::Tensor& block = memory_->gradient_block(index);
-    const bool is_first = !synchronized.pending().defined();
-    const at::Tensor pending = is_first ? synchronized.new_pending() : synchronized.pending();
-    const at::Tensor own =
-        is_first ? pending : own_slot(synchronized.gradient_layout(), block, communicators.reduce);
-    communicators.reduce.rail->reduce_scatter(own, block, stream, synchronized.name());
-    if (!is_first) accumulate(stream, pending, own, /*is_first=*/false);
-    stream.record(accumulated);
-    synchronized.set_pending_block(false);
-  }
+  if (synchronized.has_pending_block()) reduce_block_to_pending(index);
   Stream& stream = *streams_.replicate;
   stream.wait(accumulated);
   const at::Tensor pending = synchronized.pending();

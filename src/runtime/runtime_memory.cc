@@ -139,9 +139,8 @@ RuntimeMemory::RuntimeMemory(const std::vector<std::shared_ptr<Unit>>& units, co
     const int64_t gradient_numel = unit.num_nodes() * unit.gradient_layout().shard_numel();
     if (unit.accumulates_block()) {
       const at::ScalarType dtype = accumulation_dtype(unit.reduce_dtype());
-      cutter.ask(
-          "gradient blocks", nbytes_of(gradient_numel, dtype),
-          [&home, dtype](const at::Tensor& memory) { home.gradient_block = memory.view(dtype); });
+      cutter.ask("gradient blocks", nbytes_of(gradient_numel, dtype),
+                 [&home](at::Tensor memory) { home.gradient_block = std::move(memory); });
     }
     reduce_block_nbytes =
         std::max(reduce_block_nbytes, nbytes_of(gradient_numel, unit.reduce_dtype()));

@@ -4,9 +4,12 @@
 #include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/_foreach_zero.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
 #include <utility>
@@ -62,17 +65,22 @@ Unit::Unit(UnitOptions options, UnitCommunicators communicators)
     : options_(std::move(options)),
       communicators_(communicators),
       layout_(layout_of(options_, /*only_trainable=*/false)),
-      gradient_layout_(layout_of(options_, /*only_trainable=*/true)),
       full_is_shard_(is_full(layout_, options_)),
+      gradient_layout_(layout_of(options_, /*only_trainable=*/true)),
       full_(layout_.full_numel(), options_.parameter_dtype, options_.shard.device(),
             options_.name) {
+  find_trainable();
+  MICS_CHECK(options_.shard.numel() == layout_.shard_numel(),
+             "the shard must have the layout's length: got numel=", options_.shard.numel(),
+             ", shard_numel=", layout_.shard_numel(), " (unit \"", name(), "\").");
+}
+
+void Unit::find_trainable() {
+  trainable_.clear();
   for (int i = 0; i < layout_.num_parameters(); ++i) {
     if (options_.parameters[static_cast<size_t>(i)].is_trainable) trainable_.push_back(i);
   }
   used_.assign(trainable_.size(), false);
-  MICS_CHECK(options_.shard.numel() == layout_.shard_numel(),
-             "the shard must have the layout's length: got numel=", options_.shard.numel(),
-             ", shard_numel=", layout_.shard_numel(), " (unit \"", name(), "\").");
   MICS_CHECK(trainable_.empty() || options_.gradient.numel() == gradient_layout_.shard_numel(),
              "the gradient must have the layout's length: got numel=", options_.gradient.numel(),
              ", shard_numel=", gradient_layout_.shard_numel(), " (unit \"", name(), "\").");
@@ -96,16 +104,58 @@ void Unit::set_full_parameters(std::vector<at::Tensor> full_parameters) {
 
 int64_t Unit::shard_version() const {
   int64_t version = options_.shard._version();
-  for (const UnitParameter& parameter : options_.parameters)
+  for (const UnitParameter& parameter : options_.parameters) {
     version += parameter.sharded._version();
+    if (parameter.local.defined()) version += parameter.local._version();
+  }
   return version;
 }
 
 bool Unit::matches_requires_grad() const {
-  return std::all_of(options_.parameters.begin(), options_.parameters.end(),
-                     [](const UnitParameter& parameter) {
-                       return parameter.sharded.requires_grad() == parameter.is_trainable;
-                     });
+  for (size_t i = 0; i < full_parameters_.size(); ++i) {
+    if (options_.parameters[i].sharded.requires_grad() != full_parameters_[i].requires_grad()) {
+      return false;
+    }
+  }
+  return true;
+}
+
+void Unit::change_trainable(const std::vector<at::Tensor>& gradients, at::Tensor gradient) {
+  MICS_INTERNAL_CHECK(!has_pending_block_, "unit \"", name(), "\" holds a gradient block.");
+  const ShardLayout old_layout = gradient_layout_;
+  std::vector<int> old_place(options_.parameters.size(), -1);
+  for (size_t i = 0; i < trainable_.size(); ++i) {
+    old_place[static_cast<size_t>(trainable_[i])] = static_cast<int>(i);
+  }
+  const std::vector<bool> old_used = used_;
+  options_.gradient = std::move(gradient);
+  for (size_t i = 0; i < options_.parameters.size(); ++i) {
+    UnitParameter& parameter = options_.parameters[i];
+    parameter.gradient = gradients[i];
+    parameter.is_trainable = gradients[i].defined();
+    MICS_INTERNAL_CHECK(parameter.is_trainable || old_place[i] < 0 || !is_accumulating(), "\"",
+                        parameter.name, "\" loses a part of its gradient.");
+    full_parameters_[i].set_requires_grad(parameter.sharded.requires_grad());
+  }
+  gradient_layout_ = layout_of(options_, /*only_trainable=*/true);
+  find_trainable();
+  separate_.reset();
+  const c10::NoGradGuard no_grad;
+  for (at::Tensor* sum : {&pending_, &hidden_}) {
+    if (!sum->defined()) continue;
+    const at::Tensor old = *sum;
+    *sum = at::zeros({gradient_layout_.shard_numel()}, old.options());
+    for (int i = 0; i < num_trainable(); ++i) {
+      const int place = old_place[static_cast<size_t>(trainable_[static_cast<size_t>(i)])];
+      if (place < 0) continue;
+      chunk_of(*sum, gradient_layout_.parameter(i))
+          .copy_(chunk_of(old, old_layout.parameter(place)));
+    }
+  }
+  for (int i = 0; i < num_trainable(); ++i) {
+    const int place = old_place[static_cast<size_t>(trainable_[static_cast<size_t>(i)])];
+    if (place >= 0) used_[static_cast<size_t>(i)] = old_used[static_cast<size_t>(place)];
+  }
 }
 
 bool Unit::has_block() const {
@@ -121,7 +171,7 @@ int64_t Unit::block_nbytes() const {
 
 bool Unit::keeps_full() const {
   const ResidencySettings& residency = settings_.residency;
-  return options_.is_outer || residency.after_forward == Residency::kFull ||
+  return options_.is_outer || is_lent_ || residency.after_forward == Residency::kFull ||
          residency.between_microsteps == Residency::kFull;
 }
 
@@ -272,6 +322,46 @@ void Unit::expose(const std::vector<bool>& is_used) {
   }
   used_.assign(trainable_.size(), false);
   hidden_.reset();
+}
+
+void Unit::run_gradient_hooks(const std::vector<bool>& is_used) const {
+  for (size_t i = 0; i < trainable_.size(); ++i) {
+    if (!is_used[i]) continue;
+    const at::Tensor& sharded = options_.parameters[static_cast<size_t>(trainable_[i])].sharded;
+    if (torch::autograd::impl::get_autograd_meta(sharded) == nullptr) continue;
+    if (auto& hook = torch::autograd::impl::post_acc_grad_hooks(sharded)) (*hook)(sharded);
+  }
+}
+
+bool Unit::may_have_hooks() const {
+  return std::any_of(options_.parameters.begin(), options_.parameters.end(),
+                     [](const UnitParameter& parameter) {
+                       const at::Tensor& sharded = parameter.sharded;
+                       return torch::autograd::impl::get_autograd_meta(sharded) != nullptr &&
+                              !torch::autograd::impl::hooks(sharded).empty();
+                     });
+}
+
+namespace {
+
+class ArrivalHook final : public torch::autograd::PostAccumulateGradHook {
+ public:
+  explicit ArrivalHook(std::function<void()> arrived) : arrived_(std::move(arrived)) {}
+  void operator()(const torch::autograd::Variable& /*parameter*/) override { arrived_(); }
+
+ private:
+  const std::function<void()> arrived_;
+};
+
+}  // namespace
+
+void Unit::watch_gradients(const std::function<void()>& arrived) {
+  if (watches_gradients_) return;
+  watches_gradients_ = true;
+  for (const at::Tensor& parameter : full_parameters_) {
+    torch::autograd::impl::set_post_acc_grad_hooks(parameter,
+                                                   std::make_unique<ArrivalHook>(arrived));
+  }
 }
 
 bool Unit::has_visible_gradient() const {

@@ -183,7 +183,7 @@ class Adapted(nn.Module):
         super().__init__()
         values = torch.randn(5, 6)
         if not dtype.is_floating_point and not dtype.is_complex:
-            values = values.round()
+            values = values.round().abs()
         self.base = nn.Parameter(values.to(dtype), requires_grad=False)
         self.scale = nn.Parameter(torch.ones(3).to(dtype), requires_grad=False)
         self.down = nn.Linear(6, 2, bias=False)
