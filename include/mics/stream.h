@@ -17,6 +17,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <chrono>
 #include <functional>
 #include <memory>
 
@@ -54,6 +55,10 @@ class Stream {
   virtual void reset() = 0;
   // True when work failed since the stream was made or reset: later work is dropped.
   [[nodiscard]] virtual bool has_failed() const = 0;
+  // The clock by which the calling thread stands still in wait(). Tests have simulated ones.
+  [[nodiscard]] virtual std::chrono::steady_clock::time_point now() const {
+    return std::chrono::steady_clock::now();
+  }
 
   // What the work queued next reads and writes. Streams that run work ignore it; a recording stream
   // proves with it that every conflicting pair is ordered.

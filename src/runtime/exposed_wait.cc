@@ -8,9 +8,9 @@ void wait_exposed(Stream& compute, const Event& event, const char* what, const s
                   std::chrono::nanoseconds& exposed) {
   at::RecordFunction range(at::RecordScope::USER_SCOPE);
   if (range.isActive()) range.before(std::string("torch_mics: ") + what + " of " + unit);
-  const auto start = std::chrono::steady_clock::now();
+  const auto start = compute.now();
   compute.wait(event);
-  exposed += std::chrono::steady_clock::now() - start;
+  exposed += compute.now() - start;
 }
 
 }  // namespace mics

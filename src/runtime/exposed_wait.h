@@ -8,8 +8,9 @@
 
 namespace mics {
 
-// compute.wait(event). What the calling thread stood still for it is added to `exposed`: on CPUs
-// the part of communication that compute does not hide; about nothing where the wait is a device's.
+// compute.wait(event). What the calling thread stood still for it, by the clock of `compute`, is
+// added to `exposed`: on CPUs the part of communication that compute does not hide; about nothing
+// where the wait is a device's.
 // A profiler sees the range "torch_mics: <what> of <unit>".
 void wait_exposed(Stream& compute, const Event& event, const char* what, const std::string& unit,
                   std::chrono::nanoseconds& exposed);
