@@ -1,6 +1,7 @@
 #include "plan/step_queues.h"
 
 #include <algorithm>
+#include <map>
 
 #include "mics/check.h"
 
@@ -29,6 +30,7 @@ class Simulation {
   Simulation(const std::vector<StepOperation>& operations, const QueueOptions& options)
       : operations_(operations), options_(options), gathered_(operations.size(), kNothing) {
     times_.compute_ends.resize(operations.size());
+    note_earlier_uses();
     times_.busy_at_ends.resize(operations.size());
     network_.tasks.reserve(3 * operations.size());
     intra_.tasks.reserve(2 * operations.size());
@@ -49,7 +51,7 @@ class Simulation {
   }
 
  private:
-  enum : char { kNothing, kRail, kAll };  // which hops of an operation's gather are over
+  enum : char { kNothing, kQueued, kRail, kAll };  // which hops of an operation's gather are over
 
   void push(Kind kind, size_t operation, double seconds, bool is_intra) {
     if (seconds <= 0) {
@@ -59,16 +61,42 @@ class Simulation {
     }
   }
 
+  [[nodiscard]] bool gathers(size_t i) const {
+    return operations_[i].gather_rail > 0 || operations_[i].gather_intra > 0;
+  }
+
+  void note_earlier_uses() {
+    free_after_.resize(operations_.size(), 0);
+    std::map<int, size_t> ends;  // by unit: operations up to its last use
+    for (size_t i = 0; i < operations_.size(); ++i) {
+      const int unit = operations_[i].unit;
+      if (unit < 0) continue;
+      if (gathers(i)) free_after_[i] = ends[unit];
+      ends[unit] = i + 1;
+    }
+  }
+
+  // Where the gathers end that may be queued with `prefetch` of them ahead of `operation`.
+  [[nodiscard]] size_t limit(size_t operation, int prefetch) const {
+    size_t last = operation + 1;
+    for (; last < operations_.size(); ++last) {
+      if (options_.as_engine && !gathers(last)) continue;
+      if (prefetch-- == 0) break;
+    }
+    return std::min(last, operations_.size());
+  }
+
   // What may be gathered when `operation` starts; without prefetch, when the one before has ended.
   void issue_gathers(size_t operation, int prefetch_rail, int prefetch_intra) {
-    const auto limit = [&](int prefetch) {
-      return std::min(operations_.size(), operation + static_cast<size_t>(prefetch) + 1);
-    };
-    intra_limit_ = std::max(intra_limit_, limit(prefetch_intra));
-    while (next_rail_ < limit(prefetch_rail)) {
-      const size_t i = next_rail_++;
+    intra_limit_ = std::max(intra_limit_, limit(operation, prefetch_intra));
+    const size_t rail_limit = limit(operation, prefetch_rail);
+    for (size_t i = next_rail_; i < rail_limit; ++i) {
+      // One whose unit is in use is passed over until it is free.
+      if (gathered_[i] != kNothing || free_after_[i] > next_compute_) continue;
+      gathered_[i] = kQueued;
       push(Kind::kGatherRail, i, operations_[i].gather_rail, false);
     }
+    while (next_rail_ < rail_limit && gathered_[next_rail_] != kNothing) ++next_rail_;
     issue_second_hops();
   }
 
@@ -147,7 +175,8 @@ class Simulation {
       times_.compute_ends[i] = now_;
       times_.busy_at_ends[i] = times_.compute_busy;
       push(Kind::kReduceIntra, i, operations_[i].reduce_intra, true);
-      issue_gathers(next_compute_, 0, 0);
+      issue_gathers(next_compute_, options_.as_engine ? options_.prefetch_rail : 0,
+                    options_.as_engine ? options_.prefetch_intra : 0);
     }
   }
 
@@ -159,9 +188,10 @@ class Simulation {
   const std::vector<StepOperation>& operations_;
   const QueueOptions& options_;
   std::vector<char> gathered_;
+  std::vector<size_t> free_after_;  // by operation: so many have ended when its unit is free
   Queue network_;
   Queue intra_;
-  size_t next_rail_ = 0;
+  size_t next_rail_ = 0;  // those before it are queued
   size_t next_intra_ = 0;
   size_t intra_limit_ = 0;
   size_t next_compute_ = 0;

@@ -16,12 +16,19 @@ struct StepOperation {
   double reduce_rail = 0;
   double replicate = 0;
   bool replicate_is_intra = false;
+  // Its gather is passed over until the operation before it with the same number has ended: a unit
+  // has one place to be gathered to. -1: it waits for none.
+  int unit = -1;
 };
 
 struct QueueOptions {
   int prefetch_rail = 0;
   int prefetch_intra = 0;
   Contention contention;
+  // As the engine does it, and not as step_model.h says: gathers ahead of an operation are queued
+  // when the one before it has ended, before its own gather is over; and what needs no gather is
+  // not counted.
+  bool as_engine = false;
 };
 
 struct QueueTimes {

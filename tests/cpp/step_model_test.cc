@@ -63,6 +63,30 @@ TEST(StepQueues, GathersAsFarAheadAsThePrefetch) {
   EXPECT_DOUBLE_EQ(run({both, both}, 1, 1).total, 7);
 }
 
+// As the engine runs: prefetch counts what is gathered, and begins with the end of what was before.
+TEST(StepQueues, AsTheEngineCountsGathersOnly) {
+  const StepOperation gathered{.compute = 1, .gather_rail = 2};
+  const StepOperation at_hand{.compute = 1};
+  const std::vector<StepOperation> step = {gathered, at_hand, at_hand, gathered};
+  // network 0-2, compute 2-5; the last gather is two ahead of the second, at 3: 3-5, compute 5-6.
+  EXPECT_DOUBLE_EQ(run_queues(step, {2, 2, {}}).total, 6);
+  EXPECT_DOUBLE_EQ(run_queues(step, {1, 1, {}}).total, 7);
+  EXPECT_DOUBLE_EQ(run_queues(step, {1, 1, {}, /*as_engine=*/true}).total, 6);
+  // Without prefetch it waits for the end of what is before it: network 5-7, compute 7-8.
+  EXPECT_DOUBLE_EQ(run_queues(step, {0, 0, {}, /*as_engine=*/true}).total, 8);
+}
+
+TEST(StepQueues, AUnitInUseIsPassedOver) {
+  const auto use = [](int unit) {
+    return StepOperation{.compute = 3, .gather_rail = 2, .unit = unit};
+  };
+  // The second use of unit 0 is gathered when its first has ended, at 5, behind that of unit 1:
+  // network 0-2 2-4 5-7, compute 2-5 7-10 10-13.
+  EXPECT_DOUBLE_EQ(run_queues({use(0), use(0), use(1)}, {2, 2, {}, true}).total, 13);
+  // Of no unit: network 0-2 2-4 4-6, compute 2-5 5-8 8-11.
+  EXPECT_DOUBLE_EQ(run_queues({use(-1), use(-1), use(-1)}, {2, 2, {}, true}).total, 11);
+}
+
 TEST(StepQueues, ReducesBehindTheBackward) {
   // compute 0-1, intra 1-3, network 3-6 (hop 2), network 6-7 (replicate).
   const StepOperation operation{.compute = 1, .reduce_intra = 2, .reduce_rail = 3, .replicate = 1};
