@@ -68,7 +68,8 @@ class VirtualClock {
 
   // Every rank runs until it calls leave().
   explicit VirtualClock(int num_ranks)
-      : num_running_(num_ranks),
+      : changed_(static_cast<size_t>(num_ranks)),
+        num_running_(num_ranks),
         num_issued_(static_cast<size_t>(num_ranks), 0),
         waiting_(static_cast<size_t>(num_ranks)) {}
 
@@ -124,7 +125,8 @@ class VirtualClock {
   void wait(std::unique_lock<std::mutex>& lock, int rank) {
     Waiting& own = waiting_[static_cast<size_t>(rank)];
     if (--num_running_ == 0) move();
-    changed_.wait(lock, [&] { return !own.any() || failure_ != nullptr; });
+    changed_[static_cast<size_t>(rank)].wait(lock,
+                                             [&] { return !own.any() || failure_ != nullptr; });
     if (failure_ == nullptr) return;
     if (own.any()) ++num_running_;
     own = Waiting();
@@ -140,15 +142,15 @@ class VirtualClock {
       }
     } catch (...) {
       failure_ = std::current_exception();
+      for (std::condition_variable& changed : changed_) changed.notify_one();
     }
-    changed_.notify_all();
   }
   bool wake_ranks();
   void start_operations();
   void go_to_next_end();
 
   mutable std::mutex mutex_;
-  std::condition_variable changed_;
+  std::vector<std::condition_variable> changed_;  // by rank
   // Guarded by mutex_.
   Nanoseconds now_{0};
   int num_running_;
@@ -313,12 +315,14 @@ inline bool VirtualClock::wake_ranks() {
       has_run = stream->run() || has_run;
     }
   }
-  for (Waiting& waiting : waiting_) {
+  for (size_t rank = 0; rank < waiting_.size(); ++rank) {
+    Waiting& waiting = waiting_[rank];
     const bool is_over = (waiting.until.has_value() && *waiting.until <= now_) ||
                          (waiting.is_over != nullptr && waiting.is_over());
     if (!is_over) continue;
     waiting = Waiting();
     ++num_running_;
+    changed_[rank].notify_one();
   }
   const bool is_any_waiting = std::any_of(waiting_.begin(), waiting_.end(),
                                           [](const Waiting& waiting) { return waiting.any(); });
