@@ -249,7 +249,7 @@ TEST(NcclMemory, NonBlockingRegistrationEndsOrIsGivenUpInTime) {
     ask(ranks, 2, kWindows);
     for (int rank = 0; rank < 2; ++rank) {
       ranks.options(rank).is_blocking = false;
-      ranks.options(rank).init_timeout = std::chrono::milliseconds(is_alone ? 500 : 60000);
+      ranks.options(rank).init_timeout = std::chrono::milliseconds(is_alone ? 3000 : 600000);
     }
     const auto errors = errors_of(2, [&](int rank) {
       const auto world = ranks.make_world(rank);
