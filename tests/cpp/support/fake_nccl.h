@@ -297,8 +297,10 @@ class FakeNccl final : public NcclApi {
     meeting.kind = FakeCall::Kind::kRegister;
     meeting.count = made.nbytes;
     made.comm->members->run(made.comm->rank, {meeting}, made.comm->is_aborted);
-    *handle = nullptr;
+    // After an abort the caller's handle may be gone.
+    const std::lock_guard<std::mutex> no_abort(made.comm->mutex);
     if (made.comm->is_aborted) return ncclInternalError;
+    *handle = nullptr;
     if (made.is_window && !gives_windows_) return ncclSuccess;
     const std::lock_guard<std::mutex> lock(mutex_);
     *handle = reinterpret_cast<void*>(++num_registrations_);
@@ -345,12 +347,12 @@ class FakeNccl final : public NcclApi {
       std::erase_if(registrations_, [&](const auto& one) { return one.second.comm == ended; });
     }
     --network_->num_live_comms;
-    ended->is_aborted = true;
-    ended->members->notify();
     {
       const std::lock_guard<std::mutex> lock(ended->mutex);
+      ended->is_aborted = true;
       ended->turn_came.notify_all();
     }
+    ended->members->notify();
     return ncclSuccess;
   }
 
