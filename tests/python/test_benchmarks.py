@@ -22,7 +22,7 @@ def start(*arguments: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, *arguments]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=300, check=False
+        command, capture_output=True, text=True, env=environment, timeout=1500, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -109,7 +109,7 @@ def torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        timeout=300,
+        timeout=1500,
         check=False,
     )
 
@@ -135,13 +135,13 @@ def test_contestants_train_as_one_process_and_a_wrong_one_is_seen(tmp_path: Path
 
 def test_virtual_layers_take_their_time(tmp_path: Path):
     file = tmp_path / "numbers.json"
-    sizes = ("--layers", "2", "--layer-mb", "0.1", "--layer-seconds", "0.02", "--micro-steps", "2")
+    sizes = ("--layers", "2", "--layer-mb", "0.1", "--layer-seconds", "0.1", "--micro-steps", "2")
     names = ("none", "ours@2", "ours@2/communication")
     options = ("--compute", "virtual", *sizes, "--steps", "2", "--json", str(file))
     done = torchrun(2, "--strategy", *names, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     records = json.loads(file.read_text())["records"]
-    compute = 2 * 2 * 3 * 0.02
+    compute = 2 * 2 * 3 * 0.1  # many times what a busy machine needs for the communication
     assert min(records["none"]["seconds"]) >= compute
     assert min(records["ours@2"]["seconds"]) >= compute
     assert min(records["ours@2/communication"]["seconds"]) < compute
@@ -160,7 +160,7 @@ def test_virtual_layers_take_their_time(tmp_path: Path):
 )
 def test_names_that_are_wrong_are_refused(name: str, message: str):
     command = [sys.executable, str(ROOT / "benchmarks" / "train_bench"), "--strategy", name]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False)
     assert done.returncode == 2
     assert message in done.stderr
 
@@ -204,6 +204,6 @@ def test_single_device_says_what_is_wrong():
         (("--device", "cpu", "--heads", "3"), "--width must be a multiple of --heads."),
     ):
         command = [sys.executable, str(ROOT / "benchmarks" / "single_gpu.py"), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=1500, check=False)
         assert done.returncode == 2
         assert message in done.stderr

@@ -33,7 +33,7 @@ from torch_mics.checkpoint import TrainState, export_safetensors
 # (world size, shard size, ranks per node)
 SAVED_AT = (4, 4, 2)
 LAYOUTS = [(4, 2, 4), (4, 4, 2), (2, 1, 1), (2, 2, 1), (1, 1, 1)]
-SECONDS = 120.0
+SECONDS = 900.0
 
 
 class Counter:

@@ -21,7 +21,7 @@ from torch_mics import _C
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NUMELS = (1, 5, 4097)
 LARGE_NUMEL = 1 << 20
-TIMEOUT = datetime.timedelta(seconds=60)
+TIMEOUT = datetime.timedelta(seconds=300)
 
 
 def values(rank: int, numel: int, dtype: torch.dtype) -> torch.Tensor:

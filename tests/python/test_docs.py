@@ -145,7 +145,7 @@ def run_python(parts: list[tuple[str, str, int]], directory: Path, name: str) ->
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1500,
     )
     return "" if done.returncode == 0 else done.stderr or f"exit status {done.returncode}"
 

@@ -26,7 +26,7 @@ def command(*arguments: str) -> list[str]:
 
 def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=500, check=False, **options
+        command(*arguments), capture_output=True, text=True, timeout=1500, check=False, **options
     )
 
 
@@ -43,7 +43,7 @@ def permitted() -> None:
 def test_two_nodes_train_with_the_bytes_of_the_formulas(tmp_path: Path):
     report = tmp_path / "report.json"
     smoke = (sys.executable, str(FOLDER / "smoke.py"))
-    sizes = ("--nodes", "2", "--ranks-per-node", "2", "--rate", "500mbit", "--timeout", "450")
+    sizes = ("--nodes", "2", "--ranks-per-node", "2", "--rate", "500mbit", "--timeout", "1400")
     done = run(*sizes, "--json", str(report), "--", *smoke)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all bytes and losses are as they should be." in done.stdout
@@ -115,7 +115,7 @@ if os.environ["RANK"] == "1":
     server = socket.create_server(("10.77.0.2", 5002))
     peer, _ = server.accept()
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    for _ in range(20):
+    for _ in range(100):
         peer.sendall(peer.recv(1))
     left = NBYTES
     while left:
@@ -124,13 +124,13 @@ if os.environ["RANK"] == "1":
     raise SystemExit
 while True:
     try:
-        peer = socket.create_connection(("10.77.0.2", 5002), timeout=60.0)
+        peer = socket.create_connection(("10.77.0.2", 5002), timeout=600.0)
         break
     except ConnectionRefusedError:
         time.sleep(0.05)
 peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 times = []
-for _ in range(20):
+for _ in range(100):
     begin = time.monotonic()
     peer.sendall(b"x")
     peer.recv(1)
@@ -155,7 +155,7 @@ def test_a_link_has_its_delay_and_its_rate(delay_ms: int, tmp_path: Path):
     assert done.returncode == 0, done.stdout + done.stderr
     round_trip, seconds = map(float, done.stdout.split("measured")[1].split())
     ideal = 4_000_000 * 8 / 100e6
-    assert 2 * delay_ms / 1e3 <= round_trip < 2 * delay_ms / 1e3 + 0.02  # of the fastest of 20
+    assert 2 * delay_ms / 1e3 <= round_trip < 2 * delay_ms / 1e3 + 0.02  # of the fastest of 100
     assert seconds > 0.95 * ideal + 2 * delay_ms / 1e3
     found = json.loads(report.read_text())
     sent = found["links"]["node 0 link"]["sent_nbytes"]
@@ -189,7 +189,7 @@ def test_nothing_stays_when_it_is_ended_in_the_middle(number: signal.Signals):
     marker = f"emulated-test-{uuid.uuid4().hex}"
     # A child of a rank that ignores polite requests.
     script = "import subprocess, sys;"
-    script += "subprocess.run(['sh', '-c', 'trap : INT TERM; sleep 600; :', sys.argv[1]])"
+    script += "subprocess.run(['sh', '-c', 'trap : INT TERM; sleep 3600; :', sys.argv[1]])"
     process = subprocess.Popen(
         command(
             "--nodes", "2", "--ranks-per-node", "2", "--", sys.executable, "-c", script, marker
@@ -198,16 +198,16 @@ def test_nothing_stays_when_it_is_ended_in_the_middle(number: signal.Signals):
         stderr=subprocess.DEVNULL,
     )
     try:
-        deadline = time.monotonic() + 60.0
+        deadline = time.monotonic() + 600.0
         while len(running(marker)) < 2 + 2 * 4 and time.monotonic() < deadline:
             time.sleep(0.1)
         assert len(running(marker)) >= 2 + 2 * 4
         process.send_signal(number)
-        status = process.wait(timeout=20.0)
+        status = process.wait(timeout=300.0)
     finally:
         process.kill()
         process.wait()
-    deadline = time.monotonic() + 10.0
+    deadline = time.monotonic() + 300.0
     while running(marker) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert running(marker) == []
@@ -226,7 +226,7 @@ def test_what_is_missing_is_said(change: str, says: str):
     script = f"import os, runpy, sys; {change}; sys.argv = ['emulated_cluster', '--', 'true']; "
     script += f"runpy.run_path({str(FOLDER)!r}, run_name='__main__')"
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 77
     assert says in done.stderr
@@ -240,7 +240,7 @@ def test_contest_counts_what_its_links_carry_and_makes_a_page(tmp_path: Path):
     contest = (sys.executable, str(ROOT / "benchmarks" / "train_bench"))
     names = ("ddp", "ours@2", "ours@4", "ours_flat@4", "ours_residency@4")
     done = run(
-        *("--nodes", "2", "--ranks-per-node", "2", "--timeout", "300"),
+        *("--nodes", "2", "--ranks-per-node", "2", "--timeout", "1400"),
         *("--json", str(data / "two_nodes-1.cluster.json"), "--", *contest),
         *("--strategy", *names, "--steps", "1", "--layers", "4"),
         *("--json", str(data / "two_nodes-1.json")),
@@ -257,7 +257,7 @@ def test_contest_counts_what_its_links_carry_and_makes_a_page(tmp_path: Path):
     assert across["ours_residency@4"] < across["ours@4"] / 4 < across["ours_flat@4"] / 4
     page = [sys.executable, str(ROOT / "benchmarks" / "run_all.py"), "--render"]
     done = subprocess.run(
-        [*page, "--out", str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+        [*page, "--out", str(tmp_path)], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "README.md").read_text()

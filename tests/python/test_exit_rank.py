@@ -34,7 +34,7 @@ def start(script: str, *arguments: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize("status", [0, 3])
 def test_alone_it_writes_what_was_printed_and_runs_no_handler(status: int):
     process = start(f'print("printed"); mics.exit_rank({status})')
-    assert process.communicate(timeout=120) == ("printed\n", None)
+    assert process.communicate(timeout=600) == ("printed\n", None)
     assert process.returncode == status
 
 
@@ -49,15 +49,15 @@ def test_a_right_end_waits_for_the_others(tmp_path: Path):
     assert second.stdout is not None
     assert second.stdout.readline() == "about to end\n"
     assert first.poll() is None
-    assert first.wait(120) == second.wait(120) == 0
+    assert first.wait(600) == second.wait(600) == 0
 
 
 def test_a_wrong_end_waits_for_nobody(tmp_path: Path):
     store = str(tmp_path / "store")
     failing = start(JOIN.format(0) + "mics.exit_rank(4)", store)
-    other = start(JOIN.format(1) + "time.sleep(600)", store)
+    other = start(JOIN.format(1) + "time.sleep(3600)", store)
     try:
-        assert failing.wait(120) == 4
+        assert failing.wait(600) == 4
         assert other.poll() is None
     finally:
         other.kill()
@@ -79,5 +79,5 @@ def test_ranks_that_let_go_of_tensors_end_all_the_same(tmp_path: Path):
         store = str(tmp_path / f"store{turn}")
         ranks = [start(JOIN.format(rank) + textwrap.dedent(script), store) for rank in range(2)]
         start_time = time.monotonic()
-        ended += [rank.wait(120 - (time.monotonic() - start_time)) for rank in ranks]
+        ended += [rank.wait(600 - (time.monotonic() - start_time)) for rank in ranks]
     assert ended == [0] * 8

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 import torch_mics as mics
 
 WORLD = 4
-SECONDS = 120.0
+SECONDS = 900.0
 DIMS = [1, 2]
 
 

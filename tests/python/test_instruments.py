@@ -82,7 +82,7 @@ def test_exposed_time_is_what_a_late_rank_costs_the_others(world):
     before = mics.exposed(model)
     world.gather(None)  # start together
     if world.rank == 1:
-        time.sleep(0.5)
+        time.sleep(3.0)
     start = time.monotonic()
     value_of(model, world.rank).backward()
     passed = time.monotonic() - start
@@ -94,7 +94,7 @@ def test_exposed_time_is_what_a_late_rank_costs_the_others(world):
     }
     assert spent["gather"] + spent["reduce"] <= passed
     if world.rank == 0:  # in every group with rank 1
-        assert spent["gather"] > 0.4
+        assert spent["gather"] > 1.0  # the others have come within 2 s of each other
 
 
 @on_ranks()

@@ -297,19 +297,22 @@ def _die(rank: int, directory: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     with pytest.raises(mics.CommError, match=r"world_rank 1 has ended \(pid \d+\)"):
         loss(model, batch(0, 0, rank)).backward()
-    Path(directory, str(rank)).write_text(str(time.monotonic() - begin))
+    written = Path(f"{directory}-{rank}")
+    written.write_text(str(time.monotonic() - begin))
+    written.rename(Path(directory, str(rank)))
+    # When the first rank comes back, the others are ended.
+    deadline = time.monotonic() + 600.0
+    while len(list(Path(directory).iterdir())) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 @pytest.mark.usefixtures("ranks_that_end")
 def test_a_killed_peer_is_named_at_once(tmp_path: Path):
     with pytest.raises(AssertionError, match="rank 1 did not come back"):
-        run_ranks(4, _die, str(tmp_path), timeout=100.0)
-    deadline = time.monotonic() + 20.0
-    while len(list(tmp_path.iterdir())) < 3 and time.monotonic() < deadline:
-        time.sleep(0.1)
+        run_ranks(4, _die, str(tmp_path))
     seconds = [float(file.read_text()) for file in tmp_path.iterdir()]
     assert len(seconds) == 3
-    assert max(seconds) < 15.0
+    assert max(seconds) < 120.0  # of 30 minutes, Gloo's time-out
     assert not segments()
 
 
@@ -319,16 +322,20 @@ def _wait_too_long(rank: int, path: str) -> str:
         init_method=f"file://{path}",
         rank=rank,
         world_size=2,
-        timeout=datetime.timedelta(seconds=3),
+        timeout=datetime.timedelta(seconds=10),
     )
     model = mics.shard_model(make_gpt(), shard_size=2)
     tokens, _ = batch(0, 0, rank)
     model(tokens)
+    over = Path(f"{path}-over")
     if rank == 1:
-        time.sleep(6.0)
+        deadline = time.monotonic() + 600.0
+        while not over.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
         return ""
     with pytest.raises(mics.TimeoutError) as caught:
         model(tokens)
+    over.touch()
     return str(caught.value)
 
 
@@ -336,4 +343,4 @@ def test_the_timeout_is_that_of_the_process_group(tmp_path: Path):
     text, _ = run_ranks(2, _wait_too_long, str(tmp_path / "store"), initialise=False)
     assert "all_gather failed: operation" in text
     assert "of group gather/intra (world_rank=0)" in text
-    assert "world_rank 1 did not come within 3000 ms" in text
+    assert "world_rank 1 did not come within 10000 ms" in text

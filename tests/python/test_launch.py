@@ -60,7 +60,7 @@ def slurm(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         env=environment,
         cwd=ROOT,
-        timeout=300,
+        timeout=1500,
         check=False,
     )
 

@@ -128,7 +128,7 @@ class StandIn:
             world_ranks=world_ranks,
             nodes=nodes,
             rank=rank,
-            timeout=datetime.timedelta(seconds=60),
+            timeout=datetime.timedelta(seconds=300),
         )
 
     def make_streams(self) -> _C.RuntimeStreams:

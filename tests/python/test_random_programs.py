@@ -15,7 +15,7 @@ from support.programs import RandomProgram
 NUM_PROGRAMS = 300 if os.environ.get("MICS_WIDE") else 20
 
 # All programs are one launch.
-pytestmark = pytest.mark.timeout(600 if NUM_PROGRAMS < 100 else 3600)
+pytestmark = pytest.mark.timeout(1800 if NUM_PROGRAMS < 100 else 3600)
 
 
 @on_ranks(4, 2, 1, cases=range(NUM_PROGRAMS))

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import torch_mics as mics
 from support.parity import local_error
-from support.ranks import RankFailure, run_ranks
+from support.ranks import TIMEOUT_SECONDS, RankFailure, run_ranks
 
 WORLD = 4
 RANKS_PER_NODE = 2
@@ -108,7 +108,7 @@ def _failures(module: str, keys: tuple[str, ...]) -> dict[str, list[str]]:
                 keys,
                 directory,
                 ranks_per_node=RANKS_PER_NODE,
-                timeout=max(240.0, 5.0 * len(keys)),
+                timeout=max(TIMEOUT_SECONDS, 5.0 * len(keys)),
             )
         except RankFailure as error:
             failure = f"rank {{}} did not end it, or did not run it: {error}"
