@@ -89,7 +89,8 @@ def find_units(model: nn.Module, units: Units = "auto") -> list[list[nn.Module]]
                 f'units must be "auto", a set of classes, a predicate, an int or a list: got {units!r}.'
             )
         blocks = _find_blocks(model)
-        return _join_tied(_innermost_first(model, blocks), _find_outer_units(model, blocks))
+        joined = _join_tied(_innermost_first(model, blocks), _find_outer_units(model, blocks))
+        return _without_ties_to_the_root(model, joined)
     elif isinstance(units, set):
         classes = tuple(units)
         chosen = [m for m in model.modules() if isinstance(m, classes)]
@@ -119,7 +120,7 @@ def _find_blocks(model: nn.Module) -> list[nn.Module]:
     for module in model.modules():
         if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < 2:
             continue
-        members = list(module)
+        members = _members_of(module)
         kinds = [type(member) for member in members]
         # In the order of the members: every rank must find the same.
         for kind in dict.fromkeys(kinds):
@@ -127,6 +128,17 @@ def _find_blocks(model: nn.Module) -> list[nn.Module]:
             if len(repeated) > 1 and _numel(repeated) > _numel(best):
                 best = repeated
     return best
+
+
+def _members_of(container: nn.Module) -> list[nn.Module]:
+    """The members that have a forward: of a ModuleList of ModuleLists, those of the inner ones."""
+    members: list[nn.Module] = []
+    for member in container._modules.values():
+        if member is None:
+            continue
+        has_forward = type(member).forward is not nn.Module.forward
+        members += [member] if has_forward else _members_of(member)
+    return members
 
 
 def _numel(modules: list[nn.Module]) -> int:
@@ -189,6 +201,28 @@ def _join_tied(inner: list[list[nn.Module]], outer: list[list[nn.Module]]) -> li
         merged = [module for other in sharing for module in other] + unit
         joined = [other for other in joined if other not in sharing] + [merged]
     return joined
+
+
+def _without_ties_to_the_root(
+    model: nn.Module, units: list[list[nn.Module]]
+) -> list[list[nn.Module]]:
+    """Leaves to the root the units that share a parameter with what the root has anyway."""
+    while True:
+        inside = {id(m) for unit in units for module in unit for m in module.modules()}
+        outside = {
+            id(parameter)
+            for module in model.modules()
+            if id(module) not in inside
+            for parameter in module._parameters.values()
+        }
+        free = [
+            unit
+            for unit in units
+            if not any(id(p) in outside for module in unit for p in module.parameters())
+        ]
+        if len(free) == len(units):
+            return units
+        units = free
 
 
 def _contains(outer: list[nn.Module], inner: list[nn.Module]) -> bool:

@@ -64,6 +64,34 @@ class HuggingFaceLike(Stack):
         return x
 
 
+class TiedToTheRoot(Stack):
+    """A layer shares a weight with what is in no unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = self._modules.pop("layers")
+        self.before = nn.Linear(6, 7)
+        self.before.weight = layers[1].up.weight
+        self.layers = layers
+
+    def run_layers(self, x: torch.Tensor) -> torch.Tensor:
+        return super().run_layers(x + self.before(x)[..., :6])
+
+
+class Nested(Stack):
+    """Its layers are in lists of a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups = nn.ModuleList(nn.ModuleList(Layer() for _ in range(2)) for _ in range(2))
+
+    def run_layers(self, x: torch.Tensor) -> torch.Tensor:
+        for group in self.groups:
+            for layer in group:
+                x = layer(x)
+        return super().run_layers(x)
+
+
 class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -97,6 +125,16 @@ UNITS: dict[str, tuple[Callable[[], Any], Any, set[frozenset[str]]]] = {
         lambda: make(HuggingFaceLike),
         "auto",
         unit_set("small.0", "small.1"),
+    ),
+    "auto, tied to the root": (
+        lambda: make(TiedToTheRoot),
+        "auto",
+        unit_set("layers.0", "layers.2"),
+    ),
+    "auto, nested lists": (
+        lambda: make(Nested),
+        "auto",
+        unit_set(*(f"groups.{i}.{j}" for i in range(2) for j in range(2))),
     ),
     "auto, Sequential": (lambda: make(make_sequential), "auto", unit_set("1", "2", "3", "4 5")),
     "auto, one block": (
