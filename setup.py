@@ -35,6 +35,7 @@ EXTRAS = {
         "mypy",
         "clang-format==23.1.3",
         "safetensors",
+        "transformers",
     ],
 }
 

@@ -8,6 +8,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy  # noqa: 
 
 from torch_mics import checkpoint, collectives, optim  # noqa: E402
 from torch_mics._C import CommError, InternalError, TimeoutError  # noqa: E402
+from torch_mics._construction import meta_device  # noqa: E402
 from torch_mics._exit_rank import exit_rank  # noqa: E402
 from torch_mics._flight import (  # noqa: E402
     export_chrome_trace,
@@ -68,6 +69,7 @@ __all__ = [
     "load_full_state_dict",
     "materialize",
     "memory",
+    "meta_device",
     "microbatch",
     "optim",
     "plan",

@@ -220,11 +220,6 @@ def _check_parameters(found: Found) -> None:
             "the trainable parameters of a unit must have one dtype: got "
             f"{described}. Cast them, freeze them, or give them units of their own."
         )
-    if len({parameter.is_meta for _, parameter, _ in found}) > 1:
-        raise ValueError(
-            "the parameters of a unit must all be on the meta device or none: got a mixture. Build "
-            "the whole unit on one device."
-        )
 
 
 def _problem_of(parameter: nn.Parameter) -> tuple[str, str, str] | None:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import base64
+import json
+import logging
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from torch_mics._construction import random_state, set_random_state
 from torch_mics._context import units_of
 from torch_mics._exchange import exchange
+from torch_mics._first_values import FirstValues
 from torch_mics._fully_shard import _device_of
+from torch_mics._initialisers import construct_again, run_initialisers
 from torch_mics._training import check_sharded
-from torch_mics._unit import Parameter, ShardedUnit
+
+_log = logging.getLogger("torch_mics")
 
 
 def materialize(
@@ -21,122 +29,112 @@ def materialize(
     device: torch.device | str | None = None,
     init_fn: Callable[[nn.Module], None] | None = None,
 ) -> None:
-    """Allocates the shards and initialises them module by module; at most one module is full at a time.
+    """Allocates the shards and gives them the values that building the model in one process gives.
 
-    Every rank initialises each module whole, from the random state of rank 0, and keeps its rows: the
-    result is that of a single process, for every partition size. Buffers are allocated and initialised
-    too. Collective.
+    What was built under meta_device() is built again, from the random state that rank 0 had there. Of
+    the rest, every rank runs the initialisers on full parameters, from the random state that rank 0 has
+    now, and keeps its rows: the same for every partition size. A parameter is full as long as it is
+    worked on; together such parameters take no more than the largest unit. Parameters and buffers that
+    are not on the meta device keep their values. Collective.
 
     Args:
         model: the sharded root module, wholly or partly on the meta device.
         device: of the shards; by default that of the mesh.
-        init_fn: initialises the parameters and buffers that a module holds itself. By default the
-            module's reset_parameters(), then the model's `_init_weights(module)` (Hugging Face).
+        init_fn: called with each module, children first. By default every module's
+            reset_parameters(), then the model's own initialisation: initialize_weights() of Hugging
+            Face, or `_init_weights(module)` for each module. With `init_fn`, reset_parameters() is
+            asked only for what it leaves.
 
     Raises:
-        ValueError: a module holds meta tensors and has no initialiser. All are named; nothing changed.
+        ValueError: no initialiser writes a tensor, or the constructor wrote to it more often than the
+            initialisers do. All are named, on every rank; nothing changed.
     """
     check_sharded(model, "materialize")
     units = units_of(model)
     target = torch.device(device) if device is not None else _device_of(units[0].groups)
-    owned = _meta_parameters(units)
-    todo = [(n, m) for n, m in model.named_modules() if id(m) in owned or _has_meta_buffer(m)]
-    initialisers = {name: _initialiser(model, module, init_fn) for name, module in todo}
-    missing = [
-        f"{name or 'the root'} ({type(module).__name__})"
-        for name, module in todo
-        if initialisers[name] is None
-    ]
-    if missing:
-        raise ValueError(
-            "every module with tensors on the meta device needs an initialiser: got none for "
-            f"{', '.join(missing)}. Give them reset_parameters(), or pass init_fn."
-        )
-    _allocate_shards(units, target)
-    state = base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
-    first = base64.b64decode(exchange("the random state", state)[0])
-    torch.set_rng_state(torch.frombuffer(bytearray(first), dtype=torch.uint8))
-    for name, module in todo:
-        initialise = initialisers[name]
-        assert initialise is not None
-        _initialise_module(module, owned.get(id(module), []), target, initialise)
-
-
-def _meta_parameters(
-    units: list[ShardedUnit],
-) -> dict[int, list[tuple[ShardedUnit, int, Parameter, str]]]:
-    """Lists, per module, the parameters on the meta device that it holds."""
-    owned: dict[int, list[tuple[ShardedUnit, int, Parameter, str]]] = {}
-    for unit in units:
-        if not unit.shard.is_meta:
-            continue
-        for index, parameter in enumerate(unit.parameters):
-            for place in parameter.places:
-                entry = (unit, index, parameter, place.name)
-                owned.setdefault(id(place.module), []).append(entry)
-    return owned
-
-
-def _has_meta_buffer(module: nn.Module) -> bool:
-    return any(buffer is not None and buffer.is_meta for buffer in module._buffers.values())
-
-
-def _initialiser(
-    model: nn.Module, module: nn.Module, init_fn: Callable[[nn.Module], None] | None
-) -> Callable[[nn.Module], None] | None:
-    if init_fn is not None:
-        return init_fn
-    reset = getattr(module, "reset_parameters", None)
-    init_weights = getattr(model, "_init_weights", None)
-    steps = [step for step in (reset, init_weights) if callable(step)]
-    if not steps:
-        return None
-
-    def initialise(each: nn.Module) -> None:
-        if callable(reset):
-            reset()
-        if callable(init_weights):
-            init_weights(each)
-
-    return initialise
-
-
-def _allocate_shards(units: list[ShardedUnit], device: torch.device) -> None:
-    for unit in units:
-        if not unit.shard.is_meta:
-            continue
-        for parameter in unit.parameters:
-            local = torch.zeros_like(parameter.local, device=device)
-            sharded = nn.Parameter(
-                unit._wrap(local, parameter.sizes), requires_grad=parameter.sharded.requires_grad
-            )
-            parameter.sharded._mics_replaced = parameter.name  # type: ignore[attr-defined]
-            parameter.sharded = sharded
-            for place in parameter.places:
-                place.module._parameters[place.name] = sharded
-        unit.repack()
-
-
-def _initialise_module(
-    module: nn.Module,
-    owned: list[tuple[ShardedUnit, int, Parameter, str]],
-    device: torch.device,
-    initialise: Callable[[nn.Module], None],
-) -> None:
-    for name, buffer in module._buffers.items():
-        if buffer is not None and buffer.is_meta:
-            module._buffers[name] = torch.empty_like(buffer, device=device)
-    for _, _, parameter, name in owned:
-        values = torch.zeros(parameter.sizes, dtype=parameter.sharded.dtype, device=device)
-        module._parameters[name] = nn.Parameter(values, parameter.sharded.requires_grad)
+    _check_ignored(model)
+    values = FirstValues(model, units, target)
+    if not values.is_needed:
+        return
     try:
-        initialise(module)
-    finally:
-        written = [module._parameters[name] for _, _, _, name in owned]
-        for _, _, parameter, name in owned:
-            module._parameters[name] = parameter.sharded
-    with torch.no_grad():
-        for (unit, index, parameter, _), initialised in zip(owned, written, strict=True):
-            assert initialised is not None
-            first, last = unit.layout().rows_of(index, unit.partition_rank)
-            parameter.local.copy_(initialised[first:last])
+        starts = _take_random_states(target, [c.start for c in values.constructions()])
+        with torch.no_grad():
+            run_initialisers(model, values, init_fn, starts)
+            values.finish()
+            problems = _of_all_ranks(values.problems(checks_writes=init_fn is None))
+            if any(problems.values()) and init_fn is None:
+                construct_again(model, values, {*problems["unwritten"], *problems["rewritten"]})
+                problems = _of_all_ranks(values.problems(checks_writes=True))
+        _check_problems(problems)
+    except BaseException:
+        values.undo()
+        raise
+    names = values.ambiguous()
+    if names and init_fn is None and (not dist.is_initialized() or dist.get_rank() == 0):
+        _log.warning(
+            "tied parameters were initialised by each of their modules, and the last one counts: "
+            f"{_listed(names)}. Which one a single process would keep is known only of models that were "
+            "built under torch_mics.meta_device()."
+        )
+    values.keep()
+
+
+def _check_ignored(model: nn.Module) -> None:
+    names = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.is_meta and not isinstance(parameter, DTensor)
+    ]
+    if names:
+        raise ValueError(
+            "a parameter outside all units must have its values: got "
+            f"{_listed(names)} on the meta device. Build it outside the meta device, or do not ignore "
+            "it."
+        )
+
+
+def _take_random_states(device: torch.device, starts: list[bytes]) -> list[bytes]:
+    """Sets the random states of this rank to those of rank 0, and gives rank 0's `starts`."""
+    states = [random_state(), *starts]
+    on_device = device.type not in ("cpu", "meta")
+    if on_device:
+        state = torch.get_device_module(device).get_rng_state(device)
+        states.append(state.numpy().tobytes())
+    texts = json.dumps([base64.b64encode(state).decode() for state in states])
+    first = [base64.b64decode(text) for text in json.loads(exchange("the random state", texts)[0])]
+    set_random_state(first[0])
+    if on_device:
+        state = torch.frombuffer(bytearray(first[-1]), dtype=torch.uint8)
+        torch.get_device_module(device).set_rng_state(state, device)
+    return first[1 : 1 + len(starts)]
+
+
+def _of_all_ranks(problems: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Joins what the ranks found: a rank without rows of a parameter sees nothing of it."""
+    answers = [json.loads(text) for text in exchange("the first values", json.dumps(problems))]
+    return {
+        kind: list(dict.fromkeys(name for answer in answers for name in answer[kind]))
+        for kind in problems
+    }
+
+
+def _check_problems(problems: dict[str, list[str]]) -> None:
+    if problems["unwritten"]:
+        raise ValueError(
+            "every tensor on the meta device needs an initialiser: got none for "
+            f"{', '.join(problems['modules'])}; without values: {_listed(problems['unwritten'])}. Build "
+            "the model under torch_mics.meta_device(), give the modules reset_parameters(), or pass "
+            "init_fn; or build them outside the meta device."
+        )
+    if problems["rewritten"]:
+        raise ValueError(
+            "initialisers must write what the constructor wrote: got fewer writes than the "
+            f"constructor's for {_listed(problems['rewritten'])}. Build the whole model under "
+            "torch_mics.meta_device(), which remembers them, pass init_fn, or build the modules outside "
+            "the meta device."
+        )
+
+
+def _listed(names: list[str], most: int = 20) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

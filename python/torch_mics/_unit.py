@@ -38,6 +38,8 @@ class Parameter:
         places: where modules hold it.
         sharded: the DTensor that the optimizer sees; its local tensor is a part of the shard.
         marks: attributes of frameworks and users (_no_weight_decay): of every tensor that stands for it.
+        kept: this rank's rows while the shard is on the meta device, when the parameter was not.
+        source: the full parameter on the meta device, which tells how it was built; no memory.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Parameter:
     places: list[Place]
     sharded: nn.Parameter
     marks: dict[str, Any] = dataclasses.field(default_factory=dict)
+    kept: torch.Tensor | None = None
+    source: torch.Tensor | None = None
 
     @property
     def local(self) -> torch.Tensor:
@@ -71,7 +75,8 @@ class Settings:
 def _copy_marks(marks: dict[str, Any], tensor: torch.Tensor) -> None:
     # One by one: Dynamo follows this, and not an update of __dict__.
     for name, value in marks.items():
-        setattr(tensor, name, value)
+        if not name.startswith("_mics_"):
+            setattr(tensor, name, value)
 
 
 class UnitReference:
@@ -183,10 +188,11 @@ class ShardedUnit:
 
         Args:
             found: name, full parameter and places of each parameter of the unit.
-            device: of the shard; meta parameters keep theirs.
+            device: of the shard. It stays on the meta device as long as one parameter is there; the rows
+                of the others are kept aside.
         """
         dtype = found[0][1].dtype if found else torch.float32
-        is_meta = bool(found) and found[0][1].is_meta
+        is_meta = any(full.is_meta for _, full, _ in found)
         self.shard = torch.empty(0, dtype=dtype)
         self.parameters = [
             Parameter(name, full.size(), places, full) for name, full, places in found
@@ -198,9 +204,13 @@ class ShardedUnit:
         for index, parameter in enumerate(self.parameters):
             full = parameter.sharded
             local = self._view(self.shard, layout, index, parameter.sizes)
+            first, last = layout.rows_of(index, self.partition_rank)
             if not is_meta:
-                first, last = layout.rows_of(index, self.partition_rank)
                 local.copy_(full.detach()[first:last])
+            elif not full.is_meta:
+                parameter.kept = full.detach()[first:last].clone()
+            if is_meta:
+                parameter.source = full.detach() if full.is_meta else None
             sharded = nn.Parameter(
                 self._wrap(local, parameter.sizes), requires_grad=full.requires_grad
             )
@@ -232,6 +242,10 @@ class ShardedUnit:
         locals_now = [parameter.local.detach() for parameter in self.parameters]
         if not locals_now:
             return
+        if not all(local.is_meta for local in locals_now):
+            # The others have left the meta device, by to_empty() or assign=True.
+            self._bring_back_kept()
+            locals_now = [parameter.local.detach() for parameter in self.parameters]
         if len({(local.device, local.dtype) for local in locals_now}) > 1:
             return  # a unit of several modules, of which some have still to be moved
         device, dtype = locals_now[0].device, locals_now[0].dtype
@@ -244,6 +258,23 @@ class ShardedUnit:
                 view.copy_(locals_now[index])
             parameter.sharded._local_tensor = view  # type: ignore[attr-defined]
         self.mark_parameters()
+
+    def _bring_back_kept(self) -> None:
+        for parameter in self.parameters:
+            if parameter.kept is not None and parameter.local.is_meta:
+                self.replace(parameter, parameter.kept.to(parameter.sharded.dtype))
+            parameter.kept = None
+
+    def replace(self, parameter: Parameter, local: torch.Tensor) -> None:
+        """Makes the DTensor of `parameter` anew, on the device of `local`; repack() lays it down."""
+        sharded = nn.Parameter(
+            self._wrap(local, parameter.sizes), requires_grad=parameter.sharded.requires_grad
+        )
+        parameter.sharded._mics_replaced = parameter.name  # type: ignore[attr-defined]
+        _copy_marks(parameter.marks, sharded)
+        parameter.sharded = sharded
+        for place in parameter.places:
+            place.module._parameters[place.name] = sharded
 
     def make_handle(self, communicators: Communicators, *, is_outer: bool) -> None:
         """Makes the C++ unit: gradient buffer, full parameters and their exchange.

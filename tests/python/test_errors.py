@@ -371,10 +371,8 @@ def _make_odd(kind: str) -> Odd:
         return Odd(nn.Parameter(torch.ones(4, dtype=torch.int64), requires_grad=False))
     if kind == "0-dim":
         return Odd(nn.Parameter(torch.tensor(1.0)))
-    if kind == "mixed dtypes":
-        return Odd(nn.Parameter(torch.ones(4, dtype=torch.bfloat16)))
-    assert kind == "mixed devices"
-    return Odd(nn.Parameter(torch.ones(4, device="meta")))
+    assert kind == "mixed dtypes"
+    return Odd(nn.Parameter(torch.ones(4, dtype=torch.bfloat16)))
 
 
 ODD_PARAMETERS = {
@@ -388,7 +386,6 @@ ODD_PARAMETERS = {
         'torch.bfloat16 ("extra")',
         "Cast them",
     ),
-    "mixed devices": ("must all be on the meta device or none", "Build the whole unit on one"),
 }
 
 
