@@ -146,7 +146,10 @@ class Context:
         """Lets units have gradients for the parameters that require them now. Collective."""
         check_same(
             "which parameters require gradients",
-            {unit.name: {p.name: p.sharded.requires_grad for p in unit.parameters} for unit in self.units},
+            {
+                unit.name: {p.name: p.sharded.requires_grad for p in unit.parameters}
+                for unit in self.units
+            },
         )
         for unit in self.units:
             if unit.handle is not None and not unit.handle.matches_requires_grad():
@@ -293,7 +296,9 @@ def _check_agreement(units: list[ShardedUnit]) -> None:
 
 def _checksum(shard: torch.Tensor) -> str:
     """Tells shards apart by their bits: a weighted sum of them, modulo 2**64."""
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32}.get(shard.element_size(), torch.int64)
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32}.get(
+        shard.element_size(), torch.int64
+    )
     total = 0
     for start in range(0, shard.numel(), _CHECKSUM_CHUNK):
         bits = shard.detach()[start : start + _CHECKSUM_CHUNK].view(integers).long()

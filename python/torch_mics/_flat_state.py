@@ -147,9 +147,7 @@ class Segment:
             yield Run(
                 is_new[first],
                 parameter=self._values[begin:end],
-                gradient=_C.span_from(part, end - begin)
-                if first != last
-                else part.reshape(-1),
+                gradient=_C.span_from(part, end - begin) if first != last else part.reshape(-1),
                 state={key: self._flat[key][begin:end] for key in keys},
                 counters=slice(self._first_counter + first, self._first_counter + last + 1),
             )

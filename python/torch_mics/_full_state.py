@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch_mics._context import units_of
 from torch_mics._exchange import all_or_none, exchange, together
 from torch_mics._state_dict_hooks import plain_name
-from torch_mics._training import check_sharded
+from torch_mics._training import sharded_module
 
 
 def full_state_dict(
@@ -32,7 +32,7 @@ def full_state_dict(
     Raises:
         ValueError: rank0_only without cpu_offload.
     """
-    model = check_sharded(model, "full_state_dict")
+    model = sharded_module(model, "full_state_dict")
     if rank0_only and not cpu_offload:
         raise ValueError(
             "rank0_only needs cpu_offload: got rank0_only=True, cpu_offload=False. Pass "
@@ -52,12 +52,15 @@ def full_state_dict(
         for unit in units_of(model)
         for parameter in unit.parameters
     }
-    return {
-        name: value.clone()
+    found = {
+        plain_name(name): value.clone()
         if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in shards
         else value
         for name, value in state.items()
     }
+    # torch gives wrapped modules last; the order is part of a file.
+    order = [plain_name(name) for name in model.state_dict()]
+    return {name: found[name] for name in order if name in found}
 
 
 def load_full_state_dict(
@@ -74,7 +77,7 @@ def load_full_state_dict(
     Raises:
         ValueError: names or shapes are those of another model; on every rank alike.
     """
-    model = check_sharded(model, "load_full_state_dict")
+    model = sharded_module(model, "load_full_state_dict")
     # torch renames and takes entries: the caller's stays as it is.
     state = {plain_name(name): value for name, value in state.items()}
     exchange("a call of load_full_state_dict", "")

@@ -13,7 +13,7 @@ from torch.distributed._composable.contract import REGISTRY_KEY, RegistryItem
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter
 
 from torch_mics._groups import (
     Groups,
@@ -171,9 +171,7 @@ def _check_arguments(
         )
 
 
-def _find_parameters(
-    modules: list[nn.Module], ignored: set[nn.Parameter]
-) -> Found:
+def _find_parameters(modules: list[nn.Module], ignored: set[nn.Parameter]) -> Found:
     """Lists parameters that no unit below has, with every place that holds them."""
     found: dict[int, tuple[str, nn.Parameter, list[Place]]] = {}
     visited: set[int] = set()
@@ -225,10 +223,11 @@ def _check_parameters(found: Found) -> None:
 def _problem_of(parameter: nn.Parameter) -> tuple[str, str, str] | None:
     """The rule that a parameter breaks, what it is instead, and the remedy; None where it is right."""
     kind = type(parameter).__name__
-    if is_lazy(parameter):
+    if isinstance(parameter, UninitializedParameter):
         return "have a shape", kind, "Run a forward"
     # A subclass says how it is gathered, or what its operations mean: its plain values are not it.
-    if nn.Parameter not in type(parameter).__mro__ or hasattr(parameter, "fsdp_pre_all_gather"):
+    bases = type(parameter).__mro__
+    if nn.Parameter not in bases or hasattr(parameter, "fsdp_pre_all_gather"):
         extension = hasattr(parameter, "fsdp_pre_all_gather")
         what = f"{kind} with fsdp_pre_all_gather" if extension else kind
         return "be a plain tensor", f"a {what}", "Dequantise it, or list it in ignored_params,"

@@ -98,9 +98,7 @@ def _why_unfinished(unit: ShardedUnit) -> str:
             "set_manual_backward_finalization(True) call finalize_backward(), else return the tensors "
             "that the loss is made of from the module's forward."
         )
-    return (
-        "Run the last micro-step outside no_sync(), or with microbatch(model, is_last=True)."
-    )
+    return "Run the last micro-step outside no_sync(), or with microbatch(model, is_last=True)."
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -178,4 +178,14 @@ def _collect_from_objects(value: Any, found: list[torch.Tensor]) -> None:
 
 
 # Never part of an output, or not to be looked into.
-_OPAQUE = (str, bytes, int, float, type, type(None), types.ModuleType, types.FunctionType, nn.Module)
+_OPAQUE = (
+    str,
+    bytes,
+    int,
+    float,
+    type,
+    type(None),
+    types.ModuleType,
+    types.FunctionType,
+    nn.Module,
+)

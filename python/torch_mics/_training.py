@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from torch_mics._exchange import naming
 from torch_mics._module import MiCSModule
 
 
-def check_sharded(model: nn.Module, caller: str) -> MiCSModule:
+def sharded_module(model: nn.Module, caller: str) -> nn.Module:
     """Gives the sharded module that `model` is, or that torch.compile has wrapped in it.
 
     Raises:
@@ -30,6 +31,11 @@ def check_sharded(model: nn.Module, caller: str) -> MiCSModule:
             f"{caller} needs a sharded model: got {type(model).__name__}. Call shard_model() first."
         )
     return model
+
+
+def check_sharded(model: nn.Module, caller: str) -> MiCSModule:
+    """As sharded_module(), for those who call methods of MiCSModule."""
+    return cast(MiCSModule, sharded_module(model, caller))
 
 
 @contextlib.contextmanager
@@ -145,7 +151,7 @@ def traffic(model: nn.Module) -> dict[str, dict[str, int]]:
     inter are peers on the same and on another node. Empty before the first forward.
     """
     totals: dict[str, dict[str, int]] = {}
-    for context in contexts_of(check_sharded(model, "traffic")):
+    for context in contexts_of(sharded_module(model, "traffic")):
         for name, counters in context.traffic().items():
             total = totals.setdefault(name, dict.fromkeys(counters, 0))
             for field, count in counters.items():
@@ -183,15 +189,15 @@ def exposed(model: nn.Module) -> dict[str, dict[str, float]]:
             "gather": context.engine.exposed_gather(unit.index).total_seconds(),
             "reduce": context.engine.exposed_reduce(unit.index).total_seconds(),
         }
-        for context in contexts_of(check_sharded(model, "exposed"))
+        for context in contexts_of(sharded_module(model, "exposed"))
         for unit in context.units
     }
 
 
 def _contexts(model: nn.Module, caller: str) -> list[Context]:
     """Those of the units below `model`; that of the model itself, made now, where there is none."""
-    module = check_sharded(model, caller)
-    return contexts_of(module) or [module._context()]
+    module = sharded_module(model, caller)
+    return contexts_of(module) or [cast(MiCSModule, module)._context()]
 
 
 def describe(model: nn.Module) -> str:
@@ -209,6 +215,6 @@ def backends(model: nn.Module) -> dict[str, str]:
     Names as in traffic(). Empty before the first forward.
     """
     found: dict[str, str] = {}
-    for context in contexts_of(check_sharded(model, "backends")):
+    for context in contexts_of(sharded_module(model, "backends")):
         found |= context.backends()
     return found

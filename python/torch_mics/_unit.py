@@ -141,7 +141,11 @@ class ShardedUnit:
     @property
     def reduce_dtype(self) -> torch.dtype:
         """Of gradients on their way."""
-        return self.policy.reduce_dtype if self._casts and self.policy.reduce_dtype else self.parameter_dtype
+        return (
+            self.policy.reduce_dtype
+            if self._casts and self.policy.reduce_dtype
+            else self.parameter_dtype
+        )
 
     @property
     def _casts(self) -> bool:
@@ -167,12 +171,18 @@ class ShardedUnit:
             alignment=_C.layout_alignment(self.parameter_dtype, self.reduce_dtype),
         )
 
+    def gradient_layout(self) -> _C.ShardLayout:
+        """Where the gradient of each parameter that requires one lies."""
+        return self.layout([parameter.sharded.requires_grad for parameter in self.parameters])
+
     def _view(
         self, buffer: torch.Tensor, layout: _C.ShardLayout, index: int, sizes: torch.Size
     ) -> torch.Tensor:
         """This rank's rows of parameter `index`: a part of a buffer with that layout."""
         first, last = layout.rows_of(index, self.partition_rank)
-        return _C.make_part(buffer, layout.parameter(index).shard_offset, [last - first, *sizes[1:]])
+        return _C.make_part(
+            buffer, layout.parameter(index).shard_offset, [last - first, *sizes[1:]]
+        )
 
     def _wrap(self, local: torch.Tensor, sizes: torch.Size) -> DTensor:
         """A DTensor over this rank's rows; no copy, no communication."""
@@ -336,7 +346,9 @@ class ShardedUnit:
         gradient = torch.zeros(layout.shard_numel, dtype=self.dtype, device=self.shard.device)
         places = iter(range(len(self.parameters)))
         return gradient, [
-            self._wrap(self._view(gradient, layout, next(places), p.sizes), p.sizes) if has else None
+            self._wrap(self._view(gradient, layout, next(places), p.sizes), p.sizes)
+            if has
+            else None
             for p, has in zip(self.parameters, self.has_gradient, strict=True)
         ]
 

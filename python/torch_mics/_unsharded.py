@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from torch_mics._context import units_of
 from torch_mics._exchange import exchange
-from torch_mics._training import check_sharded
+from torch_mics._training import sharded_module
 
 
 @contextlib.contextmanager
@@ -31,7 +31,7 @@ def unsharded(model: nn.Module, *, writeback: bool = False) -> Iterator[None]:
         TypeError: `model` is not sharded.
         RuntimeError: gradients wait for their boundary and `writeback` would change weights under them.
     """
-    units = units_of(check_sharded(model, "unsharded"))
+    units = units_of(sharded_module(model, "unsharded"))
     exchange("a call of unsharded", "")
     for unit in units:
         if unit.handle is None:

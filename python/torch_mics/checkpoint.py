@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.stateful import Stateful
@@ -24,11 +25,12 @@ from torch_mics._context import units_of
 from torch_mics._exchange import all_or_none, together
 from torch_mics._full_state import describe_misfit, full_state_dict, shapes_of
 from torch_mics._optimizer_checks import ignoring_steps_of
-from torch_mics._training import check_sharded
+from torch_mics._training import sharded_module
 
 __all__ = ["TrainState", "export_safetensors"]
 
 _KEY = "train"
+_EXTRA_STATE = "_extra_state"  # of torch; may be a tree of anything
 _HAS_STEPPED = "optimizer has stepped"
 
 
@@ -47,7 +49,7 @@ class TrainState(Stateful):
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **extras: Any
     ) -> None:
-        model = check_sharded(model, "TrainState")
+        model = sharded_module(model, "TrainState")
         for name, extra in extras.items():
             if not hasattr(extra, "state_dict") or not hasattr(extra, "load_state_dict"):
                 raise TypeError(
@@ -98,7 +100,7 @@ class TrainState(Stateful):
             RuntimeError: it failed on another rank; on every rank.
         """
         planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
-        with together("TrainState.save"):
+        with together("TrainState.save"), _plain_errors("TrainState.save", path):
             dcp.save({_KEY: self}, checkpoint_id=path, planner=planner)
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -117,7 +119,7 @@ class TrainState(Stateful):
                 )
             entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
             self._check_model(path, entries)
-        with all_or_none("TrainState.load"):
+        with all_or_none("TrainState.load"), _plain_errors("TrainState.load", path):
             wanted: Stateful = self
             if f"{_KEY}.{_HAS_STEPPED}" not in entries:
                 wanted = _Older(self)
@@ -128,16 +130,31 @@ class TrainState(Stateful):
         saved = {
             name.removeprefix(prefix): tuple(entry.size)
             for name, entry in entries.items()
-            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+            if name.startswith(prefix)
+            and isinstance(entry, TensorStorageMetadata)
+            and _EXTRA_STATE not in name
         }
         tensors = {
             name: value
             for name, value in self.model.state_dict().items()
-            if isinstance(value, torch.Tensor)
+            if isinstance(value, torch.Tensor) and _EXTRA_STATE not in name
         }
         problem = describe_misfit(shapes_of(tensors), dict(saved))
         if problem is not None:
             raise ValueError(f"the checkpoint must be of this model: {problem} (in {path}).")
+
+
+@contextlib.contextmanager
+def _plain_errors(call: str, path: str | os.PathLike[str]) -> Iterator[None]:
+    """Says what went wrong on which rank; torch's CheckpointException is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise RuntimeError(
+            f"{call} must succeed on every rank: got a failure on world ranks {list(error.failures)} "
+            f"for {path}, on {rank}: {type(cause).__name__}: {cause}"
+        ) from cause
 
 
 class _Older(Stateful):
@@ -174,7 +191,10 @@ def _undisturbed(
     weights = [
         (p._local_tensor if isinstance(p, DTensor) else p).detach().clone() for p in parameters
     ]
-    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    hooks: tuple[dict[int, Any], ...] = (
+        optimizer._optimizer_step_pre_hooks,
+        optimizer._optimizer_step_post_hooks,
+    )
     kept = [dict(each) for each in hooks]
     for each in hooks:
         each.clear()
@@ -214,7 +234,7 @@ def export_safetensors(
         raise ImportError(
             "export_safetensors needs safetensors: `pip install safetensors`."
         ) from error
-    model = check_sharded(model, "export_safetensors")
+    model = sharded_module(model, "export_safetensors")
     with together("export_safetensors"):
         state = full_state_dict(model)
         with all_or_none("export_safetensors"):

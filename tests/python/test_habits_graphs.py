@@ -277,7 +277,9 @@ UNITS: dict[str, Any] = {
     "linears": {nn.Linear},
     "size": 30,
     "embeddings": {nn.Embedding, nn.LayerNorm},
-    "predicate": lambda module: isinstance(module, nn.Linear | nn.Embedding | nn.MultiheadAttention),
+    "predicate": lambda module: isinstance(
+        module, nn.Linear | nn.Embedding | nn.MultiheadAttention
+    ),
 }
 
 

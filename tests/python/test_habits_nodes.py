@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import torch_mics as mics
 
+
 def _irregular(rank: int, kind: str) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -79,7 +79,7 @@ def counted_bytes(context: Context) -> Bytes:
 
 def unit_size(unit: ShardedUnit) -> _C.UnitSize:
     """The lengths and element sizes of a unit on the wire; sums over replicas are at least in fp32."""
-    layout, trainable = unit.layout(), unit.layout(only_trainable=True)
+    layout, trainable = unit.layout(), unit.gradient_layout()
     return _C.UnitSize(
         shard_numel=layout.shard_numel,
         payload_numel=layout.payload_numel,

@@ -226,7 +226,7 @@ class _Run:
     def _state_nbytes(self) -> int:
         """Shards, gradient shards, and what the optimizer keeps of them."""
         shards = sum(
-            unit.shard.nbytes + unit.dtype.itemsize * unit.layout(only_trainable=True).shard_numel
+            unit.shard.nbytes + unit.dtype.itemsize * unit.gradient_layout().shard_numel
             for unit in self._units
         )
         return shards + sum(map(_nbytes, self._optimizer.state.values()))

@@ -95,11 +95,14 @@ def _call(
     body(World(rank, meshes[size]), *arguments)
 
 
+_RANK = "<rank>"  # in a text that may have braces of its own
+
+
 @functools.cache
 def _failures(module: str, keys: tuple[str, ...]) -> dict[str, list[str]]:
     """Runs the bodies; gives the tracebacks of the ranks on which each failed."""
     with tempfile.TemporaryDirectory() as directory:
-        failure = "rank {} did not run it."
+        failure = f"rank {_RANK} did not run it."
         try:
             run_ranks(
                 WORLD,
@@ -111,14 +114,14 @@ def _failures(module: str, keys: tuple[str, ...]) -> dict[str, list[str]]:
                 timeout=max(TIMEOUT_SECONDS, 5.0 * len(keys)),
             )
         except RankFailure as error:
-            failure = f"rank {{}} did not end it, or did not run it: {error}"
+            failure = f"rank {_RANK} did not end it, or did not run it: {error}"
         files = [pathlib.Path(directory, str(rank)) for rank in range(WORLD)]
         found = [json.loads(file.read_text()) if file.exists() else {} for file in files]
     return {
         key: [
             text
             for rank in range(WORLD)
-            if (text := found[rank].get(key, failure.format(rank))) is not None
+            if (text := found[rank].get(key, failure.replace(_RANK, str(rank)))) is not None
         ]
         for key in keys
     }
