@@ -96,12 +96,17 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // Unit::change_trainable(). On all ranks alike; between forwards. A collective where a gradient
   // block holds a sum.
   void change_trainable(int unit, const std::vector<at::Tensor>& gradients, at::Tensor gradient);
-  // Called at the start of a backward when matches_requires_grad() is false: a parameter may have been
-  // frozen for a forward in between, and its graph is older.
+  // Called at the start of a backward when matches_requires_grad() is false: a parameter may have
+  // been frozen for a forward in between, and its graph is older.
   void set_refresh(std::function<void()> refresh) { refresh_ = std::move(refresh); }
   // Called at the start of an outermost forward and at a boundary when a sharded parameter may have
   // hooks that nothing here would run; throws where it has.
   void set_hook_check(std::function<void()> check) { hook_check_ = std::move(check); }
+
+  // Takes over the units of `older`, whose unit i is `units[i]` here: its graphs run backward here,
+  // and what they have accumulated goes on. `older` must not be used again. Outside of forwards and
+  // backwards; on all ranks alike, as hop 2 of gradient blocks may be due.
+  void adopt(Engine& older, const std::vector<int>& units);
 
   // Drops the unit's gradients that have not become visible. Keeps `.grad`.
   void drop_gradients(int unit);
@@ -136,6 +141,12 @@ class Engine : public std::enable_shared_from_this<Engine> {
     bool is_watched = false;
     bool is_opaque = false;         // no output was found
     bool is_recomputation = false;  // inside a backward
+  };
+
+  // Where hooks on a graph lead: to this engine, or to one that has adopted it.
+  struct Route {
+    std::weak_ptr<Engine> engine;
+    std::vector<int> units;  // there, of those here
   };
 
   // What decides the plan of the memory.
@@ -190,6 +201,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   std::vector<std::vector<int>> forward_prefetch_;   // per unit
   std::vector<std::vector<int>> backward_prefetch_;  // per unit
   std::vector<int> upcoming_;                        // what upcoming() gave
+  std::vector<std::shared_ptr<Route>> routes_;       // that lead here; the first is its own
   std::vector<std::vector<OpenCall>> open_calls_;    // per unit, innermost last
   int outermost_ = -1;                               // unit of the outermost forward
   std::vector<int> lent_;                            // until that returns

@@ -103,6 +103,9 @@ class Schedule {
   // The tape on which backward stands; null outside backward.
   [[nodiscard]] const std::shared_ptr<Tape>& backward_tape() const { return backward_tape_; }
 
+  // Takes over the tapes of `older`, whose unit i is `units[i]` here.
+  void adopt(Schedule& older, const std::vector<int>& units);
+
   // Forgets all tapes and calls, after an exception.
   void reset();
 

@@ -43,11 +43,11 @@ struct UnitParameter {
   std::string name;            // fully qualified; for messages
   std::vector<int64_t> sizes;  // of the full parameter
   at::Tensor sharded;          // what the optimizer sees; its `.grad` is set by expose()
-  at::Tensor local;            // this rank's rows, a part of the shard
   // What `.grad` is set to: wraps this parameter's part of the gradient buffer. Undefined when
   // frozen.
   at::Tensor gradient;
   bool is_trainable = true;
+  at::Tensor local = {};  // this rank's rows, a part of the shard; may be undefined
 };
 
 struct UnitOptions {
@@ -85,6 +85,7 @@ class Unit {
   Unit(UnitOptions options, UnitCommunicators communicators);
 
   [[nodiscard]] const std::string& name() const { return options_.name; }
+  void rename(std::string name) { options_.name = std::move(name); }
   [[nodiscard]] at::Device device() const { return options_.shard.device(); }
   [[nodiscard]] const at::Tensor& shard() const { return options_.shard; }
   [[nodiscard]] at::ScalarType parameter_dtype() const { return options_.parameter_dtype; }

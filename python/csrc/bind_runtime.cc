@@ -83,12 +83,9 @@ void bind_runtime(py::module_& module) {
   py::class_<UnitParameter>(module, "UnitParameter")
       .def(py::init([](std::string name, std::vector<int64_t> sizes, at::Tensor sharded,
                        at::Tensor local, const std::optional<at::Tensor>& gradient) {
-             return UnitParameter{std::move(name),
-                                  std::move(sizes),
-                                  std::move(sharded),
-                                  std::move(local),
-                                  gradient.value_or(at::Tensor()),
-                                  gradient.has_value()};
+             return UnitParameter{std::move(name),      std::move(sizes),
+                                  std::move(sharded),   gradient.value_or(at::Tensor()),
+                                  gradient.has_value(), std::move(local)};
            }),
            py::kw_only(), py::arg("name"), py::arg("sizes"), py::arg("sharded"), py::arg("local"),
            py::arg("gradient"));
@@ -106,7 +103,7 @@ void bind_runtime(py::module_& module) {
            py::arg("reduce_dtype"), py::arg("partition_size"), py::arg("is_outer"),
            py::arg("gather_rail"), py::arg("gather_intra"), py::arg("reduce_rail"),
            py::arg("reduce_intra"), py::arg("replicate"))
-      .def_property_readonly("name", &Unit::name)
+      .def_property("name", &Unit::name, &Unit::rename)
       .def_property_readonly("layout", &Unit::layout, py::return_value_policy::reference_internal)
       .def_property_readonly("gradient_layout", &Unit::gradient_layout,
                              py::return_value_policy::reference_internal)
@@ -184,6 +181,7 @@ void bind_runtime(py::module_& module) {
       .def_property_readonly("is_in_forward", &Engine::is_in_forward)
       .def("set_refresh", &Engine::set_refresh, py::arg("refresh"))
       .def("set_hook_check", &Engine::set_hook_check, py::arg("check"))
+      .def("adopt", &Engine::adopt, py::arg("older"), py::arg("units"), Release())
       .def("drop_gradients", &Engine::drop_gradients, py::arg("unit"), Release())
       .def("release_memory", &Engine::release_memory, Release())
       .def("memory", &Engine::memory, py::return_value_policy::reference_internal, Release())

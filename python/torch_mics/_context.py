@@ -45,7 +45,13 @@ class Context:
         for other_root in root_unit.modules[1:]:
             # A root given as a list: all its modules are roots.
             self.units += [unit for unit in units_of(other_root) if unit not in self.units]
-        self._absorb_older_contexts()
+        # Units whose own forward, or that of another root, ran before.
+        older = list({id(u.context): u.context for u in self.units if u.context}.values())
+        below = {id(unit) for unit in self.units}
+        self.roots = [root_unit]
+        for other in older:
+            self.roots += [unit for unit in other.roots if id(unit) not in below]
+            self.units += [unit for unit in other.units if id(unit) not in below]
         self._name_units(root)
         _check_shards(self.units)
         _check_agreement(self.units)
@@ -53,14 +59,18 @@ class Context:
         self.flight_log = flight_log() if dist.get_world_size() > 1 else None
         self.nccl_world = root_unit.groups.nccl_world()  # kept here too
         self.communicators: dict[_C.Variant, Communicators] = {}
+        # Of units that are taken over: they keep theirs.
+        self.other_communicators = [made for other in older for made in other.all_communicators()]
         for unit in self.units:
+            if unit.handle is not None:
+                continue
             variant = unit.groups.variant(unit.hierarchical)
             if variant not in self.communicators:
                 self.communicators[variant] = root_unit.groups.communicators(variant)
         self.control = root_unit.groups.control()
         self.streams = root_unit.groups.streams(root_unit.shard.device)
         self._has_told_of_order = False
-        self._make_engine()
+        self._make_engine(older)
         rank = dist.get_rank() if dist.is_initialized() else 0
         if rank == 0 and _log.isEnabledFor(logging.INFO):
             _log.info(self.describe())
@@ -85,12 +95,6 @@ class Context:
             lines += [f"note: {text}" for text in self.nccl_world.notes()]
         return "\n  ".join(lines)
 
-    def _absorb_older_contexts(self) -> None:
-        """Takes over units whose own forward ran before the root's."""
-        for unit in self.units:
-            if unit.context is not None:
-                unit.release_handle()
-
     def _name_units(self, root: nn.Module) -> None:
         names = {id(module): name for name, module in root.named_modules()}
         for unit in self.units:
@@ -100,9 +104,12 @@ class Context:
             for companion in unit.companions:
                 companion.name += f" ({str(companion.dtype).removeprefix('torch.')})"
 
-    def _make_engine(self) -> None:
+    def _make_engine(self, older: list[Context]) -> None:
         for index, unit in enumerate(self.units):
             unit.context, unit.index = self, index
+            if unit.handle is not None:
+                unit.handle.name = unit.name
+                continue
             unit.make_handle(
                 self.communicators[unit.groups.variant(unit.hierarchical)],
                 is_outer=any(
@@ -118,6 +125,8 @@ class Context:
             streams=self.streams,
             depths=depths,
         )
+        for other in older:
+            self.engine.adopt(other.engine, [unit.index for unit in other.units])
         self.engine.set_hook_check(functools.partial(_check_hooks, weakref.ref(self)))
         self.engine.set_refresh(functools.partial(_follow_requires_grad, weakref.ref(self)))
         self.push_settings()
@@ -174,29 +183,39 @@ class Context:
             unit.handle = None
             unit.connect_hooks()
 
+    def is_root(self, unit: ShardedUnit) -> bool:
+        """Whether the unit is, or goes with, that of a root."""
+        return any(unit in root.all for root in self.roots)
+
     def push_settings(self) -> None:
         """Brings all C++ units up to their settings."""
         for unit in self.units:
-            unit.push_settings(is_root=unit in self.root_unit.all)
+            unit.push_settings(is_root=self.is_root(unit))
 
-    def _all_communicators(self) -> list[_C.Communicator]:
+    def all_communicators(self) -> list[_C.Communicator]:
+        """Lists those of its units, and the one of all ranks."""
         found = [c for made in self.communicators.values() for c in made.all()]
+        found += self.other_communicators
         return found if self.control is None else [*found, self.control]
 
     def backends(self) -> dict[str, str]:
         """Says what carries each communicator, by name; several groups of one name may differ."""
         carried: dict[str, list[str]] = {}
-        for communicator in self._all_communicators():
+        for communicator in self.all_communicators():
             texts = carried.setdefault(communicator.name, [])
-            text = self.root_unit.groups.backends[communicator]
+            text = self._backend_of(communicator)
             if text not in texts:
                 texts.append(text)
         return {name: "; ".join(texts) for name, texts in carried.items()}
 
+    def _backend_of(self, communicator: _C.Communicator) -> str:
+        known = (unit.groups.backends.get(communicator) for unit in self.units)
+        return next(text for text in known if text is not None)
+
     def traffic(self) -> dict[str, dict[str, int]]:
         """Sums this rank's counters by communicator name."""
         totals: dict[str, dict[str, int]] = {}
-        for communicator in self._all_communicators():
+        for communicator in self.all_communicators():
             counters = totals.setdefault(communicator.name, dict.fromkeys(_TRAFFIC_FIELDS, 0))
             traffic = communicator.traffic
             for field in _TRAFFIC_FIELDS:

@@ -63,7 +63,7 @@ def lend(unit: ShardedUnit, module: nn.Module) -> None:
     They are there until the outermost forward returns, and are reduced with it.
     """
     context = unit.context
-    if context is None or unit is context.root_unit or unit.is_full_elsewhere:
+    if context is None or unit.is_full_elsewhere:
         return
     is_group = len(unit.modules) > 1
     if is_group and module in unit.running:
@@ -107,7 +107,7 @@ def _pre_forward(
         if unit.modules_to_run:
             return args, kwargs  # a later module of a group that is open
         # Outside of any forward a module runs for itself: the others need not follow.
-        is_alone = not context.engine.is_in_forward and unit is not context.root_unit
+        is_alone = not context.engine.is_in_forward and unit not in context.roots
         unit.modules_to_run = {module} if is_alone else set(unit.modules)
     for each in unit.all:
         context.engine.pre_forward(each.index)
@@ -140,7 +140,7 @@ def _post_forward(module: nn.Module, args: Any, output: Any) -> Any:
             if failed:
                 unit.modules_to_run.clear()
             is_open = bool(unit.modules_to_run)
-        if unit is context.root_unit and not is_open:
+        if unit in context.roots and not is_open:
             _close_open_groups(context)
     for each in reversed(unit.all):
         if tensors is not None:
@@ -153,7 +153,7 @@ def _post_forward(module: nn.Module, args: Any, output: Any) -> Any:
 def _close_open_groups(context: Context) -> None:
     """Ends groups of which the root's forward ran some modules but not all."""
     for unit in context.units:
-        if unit is not context.root_unit and unit.modules_to_run:
+        if unit not in context.roots and unit.modules_to_run:
             unit.modules_to_run.clear()
             unit.running.clear()
             for each in reversed(unit.all):

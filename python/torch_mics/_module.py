@@ -61,7 +61,7 @@ class MiCSModule(FSDPModule):
     def _set(self, field: str, value: object, *, recurse: bool = True) -> None:
         for unit in self._units(recurse=recurse):
             setattr(unit.settings, field, value)
-            is_root = unit.context is not None and unit in unit.context.root_unit.all
+            is_root = unit.context is not None and unit.context.is_root(unit)
             unit.push_settings(is_root=is_root)
 
     def _get_fsdp_state(self) -> Any:
@@ -82,8 +82,9 @@ class MiCSModule(FSDPModule):
         unit = self._unit
         topology = unit.groups.topology
         variant = unit.groups.variant(unit.hierarchical).name.lower()
+        num_parameters = sum(len(each.parameters) for each in unit.all)
         sharded = (
-            f"mics: {sum(len(each.parameters) for each in unit.all)} parameters over {topology.partition_size} of "
+            f"mics: {num_parameters} parameters over {topology.partition_size} of "
             f"{topology.world_size} ranks, {variant}"
         )
         own = super().extra_repr()  # type: ignore[misc]

@@ -140,9 +140,8 @@ def _check_parameters(parameters: list[torch.Tensor]) -> list[ShardedUnit]:
         unit = None if reference is None else reference()
         if unit is not None:
             units.setdefault(id(unit), unit)
-    if units:
-        if dist.get_world_size() > 1:
-            _warn_of_others(parameters)
+    if units and dist.get_world_size() > 1:
+        _warn_of_others(parameters)
     return list(units.values())
 
 

@@ -357,7 +357,8 @@ class ShardedUnit:
 
         A parameter that has a part of a gradient keeps its place until that is visible.
         """
-        assert self.handle is not None and self.context is not None
+        assert self.handle is not None
+        assert self.context is not None
         keeps = self.handle.is_accumulating
         self.has_gradient = [
             parameter.sharded.requires_grad or (keeps and had)
@@ -376,7 +377,7 @@ class ShardedUnit:
         context, policy = self.context, self.policy
         if (
             context is None
-            or self is context.root_unit
+            or self in context.roots
             or len(self.modules) > 1
             or policy.output_dtype is not None
             or self.is_full_elsewhere

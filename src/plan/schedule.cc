@@ -145,6 +145,18 @@ std::vector<Action> Schedule::finish_backward() {
   return actions;
 }
 
+void Schedule::adopt(Schedule& older, const std::vector<int>& units) {
+  for (const std::weak_ptr<Tape>& weak : older.tapes_) {
+    const std::shared_ptr<Tape> tape = weak.lock();
+    if (!tape) continue;
+    for (Tape::Event& event : tape->events_) event.unit = units[static_cast<size_t>(event.unit)];
+    tapes_.push_back(weak);
+  }
+  // Calls are told apart on their tape.
+  next_call_ = std::max(next_call_, older.next_call_);
+  older.reset();
+}
+
 void Schedule::reset() {
   tapes_.clear();
   touched_tapes_.clear();

@@ -26,7 +26,29 @@ bool is_inside_autograd() { return torch::autograd::get_current_graph_task_id() 
 std::shared_ptr<Engine> Engine::create(std::vector<std::shared_ptr<Unit>> units,
                                        Communicator* control,
                                        std::shared_ptr<RuntimeStreams> streams, Depths depths) {
-  return std::shared_ptr<Engine>(new Engine(std::move(units), control, std::move(streams), depths));
+  const std::shared_ptr<Engine> engine(
+      new Engine(std::move(units), control, std::move(streams), depths));
+  engine->routes_.push_back(std::make_shared<Route>(Route{engine, {}}));
+  for (int unit = 0; unit < engine->num_units(); ++unit) {
+    engine->routes_.front()->units.push_back(unit);
+  }
+  return engine;
+}
+
+void Engine::adopt(Engine& older, const std::vector<int>& units) {
+  MICS_INTERNAL_CHECK(older.forward_depth_ == 0 && older.backward_alive_.expired(),
+                      "an engine that runs cannot be adopted.");
+  for (int unit = 0; unit < older.num_units(); ++unit) older.reduces_.settle(unit);
+  older.drop_memory();
+  schedule_.adopt(older.schedule_, units);
+  for (const std::shared_ptr<Route>& route : older.routes_) {
+    route->engine = weak_from_this();
+    for (int& unit : route->units) unit = units[static_cast<size_t>(unit)];
+    routes_.push_back(route);
+  }
+  for (size_t i = 0; i < units.size(); ++i) {
+    opaque_[static_cast<size_t>(units[i])] = std::exchange(older.opaque_[i], std::nullopt);
+  }
 }
 
 Engine::Engine(std::vector<std::shared_ptr<Unit>> units, Communicator* control,
@@ -316,8 +338,10 @@ void Engine::watch(OpenCall& open, int unit, const std::vector<at::Tensor>& outp
     if (!output.requires_grad()) continue;
     open.is_watched = true;
     // The hook owns the tape: a graph that is dropped takes its tape with it.
-    output.register_hook([weak = weak_from_this(), open, unit](const at::Tensor&) {
-      if (const std::shared_ptr<Engine> engine = weak.lock()) engine->enter_backward(open, unit);
+    output.register_hook([route = routes_.front(), open, unit](const at::Tensor&) {
+      if (const std::shared_ptr<Engine> engine = route->engine.lock()) {
+        engine->enter_backward(open, route->units[static_cast<size_t>(unit)]);
+      }
     });
   }
 }
@@ -371,11 +395,12 @@ void Engine::end_call(int unit, bool failed) {
   }
   if (is_opaque && !open.is_recomputation) {
     opaque_[static_cast<size_t>(unit)] = open;
-    units_[static_cast<size_t>(unit)]->watch_gradients([weak = weak_from_this(), unit] {
-      const std::shared_ptr<Engine> engine = weak.lock();
+    units_[static_cast<size_t>(unit)]->watch_gradients([route = routes_.front(), unit] {
+      const std::shared_ptr<Engine> engine = route->engine.lock();
       if (!engine) return;
-      if (auto& last = engine->opaque_[static_cast<size_t>(unit)]) {
-        engine->enter_backward(*std::exchange(last, std::nullopt), unit);
+      const int there = route->units[static_cast<size_t>(unit)];
+      if (auto& last = engine->opaque_[static_cast<size_t>(there)]) {
+        engine->enter_backward(*std::exchange(last, std::nullopt), there);
       }
     });
   }

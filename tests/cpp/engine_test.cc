@@ -171,5 +171,108 @@ TEST(Engine, ResetDropsAnUnfinishedAccumulation) {
   expect_close(model.sharded(0).grad(), reference_gradients(1, 1)[0], model.rows(1));
 }
 
+// Layer 0 is the outermost; layer 1 is read by it and never called.
+at::Tensor forward_with_lent(Model& model, const at::Tensor& x) {
+  return model.forward_nested_lending(x, /*inner=*/{2}, /*lent=*/1);
+}
+
+TEST(Engine, LentUnitTrainsAsOneProcess) {
+  for (const World& shape :
+       std::vector<World>{{2, 2, 4, true}, {2, 2, 2, false}, {1, 1, 1, false}}) {
+    std::vector<at::Tensor> weights;
+    for (int layer = 0; layer < kNumLayers; ++layer) {
+      weights.push_back(initial_weight(layer));
+      weights.back().requires_grad_(true);
+    }
+    for (int step = 0; step < 2; ++step) {
+      for (int rank = 0; rank < shape.size(); ++rank) {
+        at::Tensor y = batch(rank, step).mm(weights[0]).tanh();
+        y = y.mm(weights[1]);
+        y = y.mm(weights[2]).tanh();
+        y = y.mm(weights[1]) * 2.0;
+        (y.sum() / shape.size()).backward();
+      }
+    }
+    LocalWorld world(shape.size(), std::chrono::seconds(60));
+    run_ranks(shape.size(), [&](int rank) {
+      Model model(world, shape, rank);
+      for (int step = 0; step < 2; ++step) {
+        for (int layer = 0; layer < kNumLayers; ++layer) {
+          model.engine().unit(layer).settings().synchronize_gradients = step == 1;
+        }
+        forward_with_lent(model, batch(rank, step)).sum().backward();
+        ASSERT_TRUE(model.engine().unit(1).is_lent());
+        ASSERT_FALSE(model.engine().unit(1).is_unsharded());
+      }
+      for (int layer = 0; layer < kNumLayers; ++layer) {
+        const at::Tensor& expected = weights[static_cast<size_t>(layer)].grad();
+        const ShardLayout::RowRange rows = model.rows(shape.partition_size);
+        ASSERT_LE((model.sharded(layer).grad() - expected.slice(0, rows.first, rows.last))
+                      .norm()
+                      .item<float>(),
+                  2e-6F * expected.norm().item<float>());
+      }
+    });
+  }
+}
+
+TEST(Engine, LendsNothingOutsideOfAForward) {
+  LocalWorld world(1, std::chrono::seconds(60));
+  Model model(world, {1, 1, 1, false}, 0);
+  model.engine().lend(1, /*is_group=*/false);
+  EXPECT_FALSE(model.engine().unit(1).is_lent());
+  EXPECT_FALSE(model.engine().is_in_forward());
+}
+
+TEST(Engine, BackwardMayRunInsideAForward) {
+  LocalWorld world(1, std::chrono::seconds(60));
+  Model model(world, {1, 1, 1, false}, 0);
+  model.forward_nested(batch(0, 0), {1, 2}, [&](const at::Tensor& y) {
+    y.sum().backward();
+    EXPECT_TRUE(model.engine().unit(0).is_unsharded());  // its forward goes on
+    EXPECT_TRUE(model.engine().unfinished_units().empty());
+  });
+  at::Tensor x = batch(0, 0);
+  std::vector<at::Tensor> weights;
+  for (int layer = 0; layer < kNumLayers; ++layer) {
+    weights.push_back(initial_weight(layer));
+    weights.back().requires_grad_(true);
+    x = x.mm(weights.back()).tanh();
+  }
+  x.sum().backward();
+  for (int layer = 0; layer < kNumLayers; ++layer) {
+    expect_close(model.sharded(layer).grad(), weights[static_cast<size_t>(layer)].grad(),
+                 model.rows(1));
+  }
+}
+
+TEST(Engine, EveryForwardOutsideOfAnAccumulationGathersAnew) {
+  const World shape = {1, 2, 2, false};
+  LocalWorld world(shape.size(), std::chrono::seconds(60));
+  run_ranks(shape.size(), [&](int rank) {
+    ResidencySettings residency;
+    residency.after_forward = residency.between_microsteps = Residency::kFull;
+    Model model(world, shape, rank, residency);
+    const auto gathers = [&] { return model.gather().intra().calls; };
+    const auto forward = [&](bool is_boundary) {
+      for (int layer = 0; layer < kNumLayers; ++layer) {
+        model.engine().unit(layer).settings().synchronize_gradients = is_boundary;
+      }
+      const int64_t before = gathers();
+      model.forward(batch(rank, 0)).sum().backward();
+      return gathers() - before;
+    };
+    // Each layer is an outermost forward of its own here: kept for its backward, gathered anew.
+    ASSERT_EQ(forward(false), kNumLayers);
+    ASSERT_EQ(forward(false), 0);  // the accumulation is open
+    ASSERT_EQ(forward(true), 0);
+    ASSERT_EQ(forward(true), kNumLayers);  // after a boundary
+    model.engine().note_written({1});
+    ASSERT_EQ(forward(false), kNumLayers);
+    model.engine().note_written({1});  // a step in the middle: of one unit
+    ASSERT_EQ(forward(false), 1);
+  });
+}
+
 }  // namespace
 }  // namespace mics

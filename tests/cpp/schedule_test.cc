@@ -200,5 +200,54 @@ TEST(Schedule, GradientAfterTheCallWasPassedIsReducedAgain) {
   EXPECT_EQ(std::count(reduced.begin(), reduced.end(), Action{kReduce, 2}), 1);
 }
 
+TEST(Schedule, BackwardInsideAForwardLeavesOpenCallsAndReducesWhatTheyHave) {
+  Schedule schedule(3);
+  const auto tape = schedule.new_tape();
+  const int64_t root = schedule.begin_call(*tape, 0);
+  const int64_t first = schedule.begin_call(*tape, 1);
+  schedule.end_call(*tape, first, 1);
+  const int64_t second = schedule.begin_call(*tape, 2);  // backward of the first runs in here
+  EXPECT_EQ(schedule.enter_backward(tape, first, 1, 7), (Actions{{kGather, 1}}));
+  // The open ones have no more gradients to come, and stay as they are.
+  EXPECT_EQ(schedule.finish_backward(),
+            (Actions{{kReduce, 1}, {kReshard, 1}, {kReduce, 2}, {kReduce, 0}}));
+  schedule.end_call(*tape, second, 2);
+  schedule.end_call(*tape, root, 0);
+  // And have a backward of their own.
+  EXPECT_EQ(schedule.enter_backward(tape, root, 0, 8), (Actions{{kGather, 0}}));
+  EXPECT_EQ(schedule.enter_backward(tape, second, 2, 8), (Actions{{kGather, 2}}));
+  EXPECT_EQ(schedule.finish_backward(),
+            (Actions{{kReduce, 2}, {kReshard, 2}, {kReduce, 0}, {kReshard, 0}}));
+}
+
+TEST(Schedule, LentUnitLastsAsLongAsTheOutermostOne) {
+  Schedule schedule(3);
+  const auto tape = schedule.new_tape();
+  const int64_t root = schedule.begin_call(*tape, 0);
+  const int64_t block = schedule.begin_call(*tape, 1);
+  const int64_t lent = schedule.begin_lent_call(*tape, 2);  // read inside the block
+  schedule.end_call(*tape, block, 1);
+  schedule.end_call(*tape, lent, 2);
+  schedule.end_call(*tape, root, 0);
+  EXPECT_EQ(schedule.enter_backward(tape, lent, 2, 7), (Actions{{kGather, 0}, {kGather, 2}}));
+  EXPECT_EQ(schedule.enter_backward(tape, root, 0, 7), (Actions{{kGatherAgain, 0}}));
+  EXPECT_EQ(schedule.enter_backward(tape, block, 1, 7), (Actions{{kGather, 1}}));
+  EXPECT_EQ(
+      schedule.finish_backward(),
+      (Actions{
+          {kReduce, 1}, {kReshard, 1}, {kReduce, 2}, {kReshard, 2}, {kReduce, 0}, {kReshard, 0}}));
+}
+
+TEST(Schedule, LateUseIsReducedAtTheEnd) {
+  Schedule schedule(2);
+  const auto tape = schedule.new_tape();
+  const std::vector<int64_t> calls = {schedule.begin_call(*tape, 0)};
+  schedule.end_call(*tape, calls[0], 0);
+  EXPECT_EQ(schedule.enter_backward(tape, calls[0], 0, 7), (Actions{{kGather, 0}}));
+  schedule.note_late_use(1);
+  EXPECT_EQ(schedule.finish_backward(),
+            (Actions{{kReduce, 0}, {kReshard, 0}, {kReduce, 1}, {kReshard, 1}}));
+}
+
 }  // namespace
 }  // namespace mics

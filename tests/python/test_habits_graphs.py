@@ -240,6 +240,61 @@ def test_calls_on_the_root_reach_children_that_run_without_it(world):
     expect_gradients(world, model, plain)
 
 
+class Wrapper(nn.Module):
+    """Another root over the same units."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+        self.gain = nn.Linear(5, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.gain(self.inner(x))
+
+
+@on_ranks(4, 2, cases=["child first", "two roots", "alternating", "local"])
+def test_another_root_over_the_same_units_lets_graphs_live(world, how):
+    options = {"accumulate": "local"} if how == "local" else {}
+    model, plain = twins(world, Stack, **options)
+    wrapped = [make(Wrapper, each) for each in (model, plain)]
+    others = [make(Wrapper, each) for each in (model, plain)]
+    mics.fully_shard(wrapped[0], mesh=world.mesh, **options)
+    mics.fully_shard(others[0], mesh=world.mesh, **options)
+
+    def values(which: int, rank: int) -> list[torch.Tensor]:
+        inner, outer, other = (model, plain)[which], wrapped[which], others[which]
+        x = points(rank)
+        if how == "child first":
+            return [
+                inner.layers[0](torch.ones(2, 6)).square().mean(),
+                inner(x).sum(),
+                outer(x).sum(),
+            ]
+        if how == "two roots":
+            return [outer(x).sum(), other(x).square().sum()]
+        return [inner(x).sum(), outer(x).square().sum(), other(x).sum(), outer(x + 1).sum()]
+
+    for _ in range(2):
+        # An accumulation under one root goes on under the next.
+        for each in (model, wrapped[0], others[0]):
+            each.set_requires_gradient_sync(False)
+        (model(points(world.rank, 7)).square().mean() / 2).backward()
+        for each in (model, wrapped[0], others[0]):
+            each.set_requires_gradient_sync(True)
+        (torch.stack(values(0, world.rank)).sum() / 2).backward()
+        for rank in range(WORLD):
+            (plain(points(rank, 7)).square().mean() / (2 * WORLD)).backward()
+            (torch.stack(values(1, rank)).sum() / (2 * WORLD)).backward()
+        for pair in (wrapped, others):
+            expect_gradients(world, pair[0], pair[1], 2e-6)
+            for each in pair:
+                torch.optim.SGD(each.parameters(), lr=0.01).step()
+            for each in pair:
+                each.zero_grad()
+        with torch.no_grad():
+            torch.testing.assert_close(wrapped[0](points(3)), wrapped[1](points(3)))
+
+
 # --- parts of a unit, called or read by others ----------------------------------------------------
 
 
@@ -385,7 +440,7 @@ def test_modules_of_a_group_may_run_alone_outside_the_root(world, case):
 def test_part_of_a_unit_outside_of_any_forward_is_refused_by_name(world):
     model, _ = twins(world, Stack)
     model(points(0))
-    with pytest.raises(RuntimeError, match='got a call of Linear while its unit "layers.0" is'):
+    with pytest.raises(RuntimeError, match=r'got a call of Linear while its unit "layers\.0" is'):
         model.layers[0].up(torch.ones(1, 6))
 
 
@@ -430,10 +485,7 @@ def opaque_value(model: Any, rank: int) -> torch.Tensor:
 def test_outputs_of_any_kind_lead_to_gradients(world, kind):
     for has_units in (True, False):
         model, plain = make(Opaque), make(Opaque)
-        if has_units:
-            model = shard(world, model)
-        else:
-            model = mics.fully_shard(model, mesh=world.mesh)
+        model = shard(world, model) if has_units else mics.fully_shard(model, mesh=world.mesh)
         model.kind = plain.kind = kind
         for _ in range(2):
             for micro_step in range(2):

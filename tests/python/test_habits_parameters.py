@@ -127,7 +127,7 @@ def test_register_hook_on_a_sharded_parameter_is_refused_by_name(world, when):
         model.zero_grad()
     value = value_of(model, world.rank) if when == "between forward and backward" else None
     handle = model.layers[1].up.weight.register_hook(lambda grad: grad)
-    with pytest.raises(RuntimeError, match='register_hook on "up.weight" of unit "layers.1"'):
+    with pytest.raises(RuntimeError, match=r'register_hook on "up\.weight" of unit "layers\.1"'):
         value_of(model, world.rank) if value is None else value.backward()
     handle.remove()
     model.reset()

@@ -79,11 +79,27 @@ class Model {
     for (int layer = 0; layer < kNumLayers; ++layer) x = call(layer, x, [](auto y) { return y; });
     return x;
   }
-  // Layer 0 as a root: its forward applies its weight, then runs `inner` inside.
-  at::Tensor forward_nested(const at::Tensor& x, const std::vector<int>& inner = {1, 2}) {
+  // Layer 0 as a root: its forward applies its weight, then runs `inner` inside, and `at_end`.
+  at::Tensor forward_nested(
+      const at::Tensor& x, const std::vector<int>& inner = {1, 2},
+      const std::function<void(const at::Tensor&)>& at_end = [](const at::Tensor&) {}) {
     return call(0, x, [&](at::Tensor y) {
       for (const int layer : inner) y = call(layer, y, [](auto z) { return z; });
+      at_end(y);
       return y * 2.0;  // an output that is no inner layer's
+    });
+  }
+  // The same, where the root applies the weight of layer `lent` itself, before and after the
+  // others.
+  at::Tensor forward_nested_lending(const at::Tensor& x, const std::vector<int>& inner, int lent) {
+    const auto apply = [&](const at::Tensor& y) {
+      engine_->lend(lent, /*is_group=*/false);
+      return y.mm(full_[static_cast<size_t>(lent)]);
+    };
+    return call(0, x, [&](at::Tensor y) {
+      y = apply(y);
+      for (const int layer : inner) y = call(layer, y, [](auto z) { return z; });
+      return apply(y) * 2.0;
     });
   }
 
