@@ -24,6 +24,8 @@ class FullBuffer {
   // `numel` elements of `dtype` on `device`; detached. `name` is the unit, for messages.
   FullBuffer(int64_t numel, at::ScalarType dtype, at::Device device, std::string name);
 
+  // Views that outlive it raise when they are used.
+  ~FullBuffer();
   FullBuffer(const FullBuffer&) = delete;
   FullBuffer& operator=(const FullBuffer&) = delete;
 
@@ -41,6 +43,8 @@ class FullBuffer {
   [[nodiscard]] at::Tensor view(int64_t offset, const std::vector<int64_t>& sizes) const;
 
  private:
+  void raise_on_use(const std::string& when);
+
   const at::ScalarType dtype_;
   const at::Device device_;
   const std::string name_;

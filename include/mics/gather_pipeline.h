@@ -46,13 +46,18 @@ class GatherPipeline {
 
   // An outermost forward begins, or ends. `is_new`: no accumulation is open, so the forward uses
   // nothing that was gathered for an earlier one: shards may have been written since in ways that
-  // no version counter tells of (`p.data`, foreach kernels). What was requested by hand stays.
-  void begin_forward(bool is_new);
+  // no version counter tells of (`p.data`, foreach kernels). Else it uses what was gathered since
+  // the first forward of the accumulation. What was requested by hand stays. `records`: autograd
+  // does.
+  void begin_forward(bool is_new, bool records);
   void end_forward() { in_forward_ = false; }
   // The shard was written, or may have been: what was gathered from it is old. On all ranks alike.
   void note_written(int unit) { ++state(unit).num_writes; }
   // An accumulation ends: what follows is a write.
-  void note_boundary() { ++num_boundaries_; }
+  void note_boundary() {
+    ++num_boundaries_;
+    accumulation_start_.reset();
+  }
   // Makes gathers that start from here on wait for what compute was given until now, if any shard
   // may have been written since the last call.
   void order_after_shard_writes();
@@ -98,10 +103,11 @@ class GatherPipeline {
     std::vector<TensorPair> pairs;
   };
   // Which values of a shard: those after `num_writes` writes that were told of, with `version` in
-  // its version counters, since the last of `num_boundaries` and, where a forward asks, as of
-  // outermost forward `forward`. A copy of other values is old. Version counters alone are not
-  // enough, as many writes move none; they may shorten the life of a copy, never lengthen it. Ranks
-  // decide alike: the same calls are made on all, and torch counts on all.
+  // its version counters, since the last of `num_boundaries`, gathered in or after outermost
+  // forward `forward`. A copy of other values is old; one of an earlier forward is for forwards.
+  // Version counters alone are not enough, as many writes move none; they may shorten the life of a
+  // copy, never lengthen it. Ranks decide alike: the same calls are made on all, and torch counts
+  // on all.
   struct Weights {
     int64_t num_writes = 0;
     int64_t version = 0;
@@ -148,7 +154,9 @@ class GatherPipeline {
   const std::unique_ptr<Event> shards_written_;
   std::vector<State> states_;
   int64_t num_boundaries_ = 0;
-  int64_t num_forwards_ = 0;  // outermost ones that were new
+  int64_t num_forwards_ = 0;                   // outermost ones that were new
+  int64_t oldest_forward_ = 0;                 // whose copies the open forward may use
+  std::optional<int64_t> accumulation_start_;  // the first forward that recorded since a boundary
   bool in_forward_ = false;
 };
 

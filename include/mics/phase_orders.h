@@ -44,6 +44,9 @@ class PhaseOrders {
   // known, or where the open phase was not to look past its end.
   [[nodiscard]] std::span<const int> following(int depth) const;
 
+  // What following() gives is a forward's.
+  [[nodiscard]] bool is_forward_next() const;
+
   // Times that a phase used units in another order than recorded.
   [[nodiscard]] int64_t num_changes() const { return num_changes_; }
   // Forgets what is recorded, and an open phase.

@@ -7,11 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    set_model_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from torch_mics._context import units_of
 from torch_mics._exchange import all_or_none, exchange, together
@@ -38,29 +35,46 @@ def full_state_dict(
             "rank0_only needs cpu_offload: got rank0_only=True, cpu_offload=False. Pass "
             "rank0_only=False."
         )
+    keeps = not rank0_only or dist.get_rank() == 0
+    found: dict[str, Any] = {}
     with together("full_state_dict"):
-        options = StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload)
-        state = get_model_state_dict(model, options=options)
-        if not rank0_only and cpu_offload and dist.get_world_size() > 1:
-            # torch leaves the other ranks empty when it offloads.
-            options = StateDictOptions(full_state_dict=True)
-            state = get_model_state_dict(model, options=options)
-            state = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
-    # With one rank in the partition group a gathered tensor is the shard itself.
-    shards = {
-        parameter.local.untyped_storage().data_ptr()
-        for unit in units_of(model)
-        for parameter in unit.parameters
-    }
-    found = {
-        plain_name(name): value.clone()
-        if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in shards
-        else value
-        for name, value in state.items()
-    }
-    # torch gives wrapped modules last; the order is part of a file.
-    order = [plain_name(name) for name in model.state_dict()]
-    return {name: found[name] for name in order if name in found}
+        for name, value in model.state_dict().items():
+            if isinstance(value, DTensor):
+                local = value.to_local()
+                full = full_tensor(value)
+                # With one rank in the group the gathered tensor may be the shard itself.
+                value = full.clone() if full.data_ptr() == local.data_ptr() else full
+            if not keeps:
+                continue
+            if isinstance(value, torch.Tensor) and cpu_offload:
+                value = value.cpu()
+            found[plain_name(name)] = value
+    return found
+
+
+def full_tensor(sharded: DTensor) -> torch.Tensor:
+    """Gathers a DTensor, of dtypes too that a backend of torch does not move. Collective."""
+    if sharded.dtype not in _MOVED_AS_BYTES:
+        return sharded.full_tensor()
+    local = sharded.to_local()
+    if local.ndim == 1:
+        local = local.unsqueeze(-1)
+    codes = local.contiguous().view(torch.uint8)
+    shape = torch.Size([sharded.shape[0], *codes.shape[1:]])
+    stride = torch.empty(shape, device="meta").stride()
+    whole = DTensor.from_local(
+        codes, sharded.device_mesh, sharded.placements, run_check=False, shape=shape, stride=stride
+    ).full_tensor()
+    return whole.view(sharded.dtype).view(sharded.shape)
+
+
+_MOVED_AS_BYTES = {
+    torch.int16,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    *(value for name, value in vars(torch).items() if name.startswith("float8")),
+}
 
 
 def load_full_state_dict(

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from torch_mics._context import units_of
 from torch_mics._exchange import exchange
+from torch_mics._full_state import full_tensor
 from torch_mics._training import sharded_module
 
 
@@ -46,7 +47,7 @@ def unsharded(model: nn.Module, *, writeback: bool = False) -> Iterator[None]:
     full: dict[int, nn.Parameter] = {}
     parameters = [(unit, parameter) for unit in units for parameter in unit.parameters]
     for _, parameter in parameters:
-        gathered = cast(DTensor, parameter.sharded.detach()).full_tensor()
+        gathered = full_tensor(cast(DTensor, parameter.sharded.detach()))
         # With one rank in the group the gathered tensor may be the shard itself.
         full[id(parameter)] = nn.Parameter(gathered.clone(), requires_grad=False)
     for unit in units:

@@ -54,6 +54,12 @@ std::span<const int> PhaseOrders::following(int depth) const {
   return phase_->next->order.first(depth);
 }
 
+bool PhaseOrders::is_forward_next() const {
+  if (phase_ == nullptr || phase_->next == nullptr) return false;
+  const std::vector<Phase>& forwards = phases_[static_cast<size_t>(Kind::kForward)];
+  return phase_->next >= forwards.data() && phase_->next < forwards.data() + forwards.size();
+}
+
 void PhaseOrders::forget() {
   for (std::vector<Phase>& phases : phases_) std::fill(phases.begin(), phases.end(), Phase());
   kind_.reset();

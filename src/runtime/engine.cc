@@ -178,6 +178,8 @@ const std::vector<int>& Engine::upcoming(int depth) {
   for (const int unit : orders_.upcoming(depth + kMaxPassedOver)) {
     if (!add(unit)) return upcoming_;
   }
+  // A forward that is no part of an accumulation gathers for itself.
+  if (orders_.is_forward_next() && !is_accumulating()) return upcoming_;
   for (const int unit : orders_.following(depth + kMaxPassedOver)) {
     // One that is held now is gathered again first.
     if (gathers_.is_held(unit) && !stays_full(unit)) break;
@@ -260,7 +262,7 @@ void Engine::begin_forward(int unit) {
   if (backward_died() || has_failed()) reset();
   check_hooks();
   drop_changed_memory();
-  gathers_.begin_forward(/*is_new=*/!is_accumulating());
+  gathers_.begin_forward(/*is_new=*/!is_accumulating(), c10::GradMode::is_enabled());
   ensure_memory();
   begin_phase(PhaseOrders::Kind::kForward);
   std::fill(opaque_.begin(), opaque_.end(), std::nullopt);
@@ -295,7 +297,7 @@ bool Engine::has_failed() const {
 void Engine::begin_request(int unit) {
   if (forward_depth_ == 0 && backward_alive_.expired()) {
     gathers_.forget_request(unit);
-    gathers_.begin_forward(/*is_new=*/!is_accumulating());
+    gathers_.begin_forward(/*is_new=*/!is_accumulating(), /*records=*/false);
   }
   ensure_memory();
 }

@@ -50,14 +50,22 @@ GatherPipeline::Weights GatherPipeline::weights(int index) const {
 bool GatherPipeline::is_current(int index, const std::optional<Weights>& of) const {
   if (!of.has_value()) return false;
   Weights now = weights(index);
+  now.forward = of->forward;
+  if (*of != now) return false;
   // A backward uses what its forward used.
-  if (!in_forward_ || states_[static_cast<size_t>(index)].is_requested) now.forward = of->forward;
-  return *of == now;
+  return !in_forward_ || states_[static_cast<size_t>(index)].is_requested ||
+         of->forward >= oldest_forward_;
 }
 
-void GatherPipeline::begin_forward(bool is_new) {
-  if (is_new) ++num_forwards_;
+void GatherPipeline::begin_forward(bool is_new, bool records) {
   in_forward_ = true;
+  if (is_new) {
+    if (oldest_forward_ < num_forwards_) accumulation_start_.reset();  // it was given up
+    oldest_forward_ = ++num_forwards_;
+    if (records && !accumulation_start_.has_value()) accumulation_start_ = num_forwards_;
+  } else {
+    oldest_forward_ = accumulation_start_.value_or(num_forwards_);
+  }
 }
 
 void GatherPipeline::order_after_shard_writes() {

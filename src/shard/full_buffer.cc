@@ -45,15 +45,25 @@ void FullBuffer::attach(const at::Tensor& memory) {
   is_attached_ = true;
 }
 
+FullBuffer::~FullBuffer() {
+  raise_on_use(
+      "after the unit was laid out anew or deleted. A graph from before to(), to_empty(), "
+      "load_state_dict(assign=True) or materialize() cannot run backward: run the forward again.");
+}
+
 void FullBuffer::detach() {
   if (!is_attached_) return;
+  raise_on_use(
+      "while it is sharded. Use them inside the unit's forward or backward, or call unshard().");
+  is_attached_ = false;
+}
+
+void FullBuffer::raise_on_use(const std::string& when) {
   c10::StorageImpl* storage = storage_.unsafeGetStorageImpl();
   storage->set_data_ptr_noswap(at::DataPtr(nullptr, device_));
   storage->release_data_and_set_meta_custom_data_ptr_error_msg_(
       "full parameters may only be used while their unit is unsharded: got a use of unit \"" +
-      name_ +
-      "\" while it is sharded. Use them inside the unit's forward or backward, or call unshard().");
-  is_attached_ = false;
+      name_ + "\" " + when);
 }
 
 at::Tensor FullBuffer::view(int64_t offset, const std::vector<int64_t>& sizes) const {

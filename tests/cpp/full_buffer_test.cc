@@ -62,5 +62,20 @@ TEST(FullBuffer, EmptyBufferCanBeAttached) {
   EXPECT_EQ(buffer.view(0, {0, 3}).numel(), 0);
 }
 
+TEST(FullBuffer, ViewThatOutlivesItRaises) {
+  at::Tensor view;
+  {
+    FullBuffer buffer(4, at::kFloat, at::kCPU, "blocks.0");
+    view = buffer.view(0, {4});
+    buffer.attach(at::zeros({4}));
+  }
+  try {
+    (void)view.add(1);
+    FAIL() << "did not raise";
+  } catch (const std::exception& error) {
+    EXPECT_NE(std::string(error.what()).find("laid out anew or deleted"), std::string::npos);
+  }
+}
+
 }  // namespace
 }  // namespace mics
