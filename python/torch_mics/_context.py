@@ -16,6 +16,7 @@ from torch_mics import _C
 from torch_mics._exchange import check_same, exchange
 from torch_mics._groups import Communicators, flight_log
 from torch_mics._unit import ShardedUnit
+from torch_mics._unit_tree import listed
 
 _log = logging.getLogger("torch_mics")
 
@@ -87,6 +88,13 @@ class Context:
             f"units: {len(self.units)} of {numel:,} parameters in {self.root_unit.dtype}, computed in "
             f"{self.root_unit.parameter_dtype}, reduced in {self.root_unit.reduce_dtype}",
         ]
+        lines += [note for unit in self.units for note in unit.notes]
+        lent = [unit.name for unit in self.units if unit.handle is not None and unit.handle.is_lent]
+        if lent:
+            lines.append(
+                f"lent: {listed(lent)}, used by others than their own forwards, and gathered until the "
+                "outermost forward returns"
+            )
         lines += [f"{name}: {carried}" for name, carried in self.backends().items()]
         memory = self.engine.memory()
         parts = ", ".join(f"{part.name} {part.nbytes:,}" for part in memory.parts)

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from torch_mics._fully_shard import fully_shard
 from torch_mics._groups import HierarchicalGather, ShardSize, default_mesh, ensure_process_group
+from torch_mics._unit_tree import Tree, has_forward, join_units
 
 Units = str | set[type[nn.Module]] | Callable[[nn.Module], bool] | int | list[nn.Module]
 Model = TypeVar("Model", bound=nn.Module)
@@ -30,6 +31,12 @@ def shard_model(
     keep_between_microsteps: str = "shard",
 ) -> Model:
     """Shards a whole model in place: each unit, then the root with what is left.
+
+    Units that hold one parameter, or one module with parameters, become one unit. Those that hold one
+    with the root, or with a unit around them, are left to it; where `units` is a list they are refused.
+    A unit may be used by others than its own forward: one whose child runs without it, or whose parameters
+    are read elsewhere, is lent, gathered from there until the outermost forward returns. describe() names
+    the units that were joined, left or lent.
 
     Args:
         model: any module.
@@ -61,18 +68,21 @@ def shard_model(
     common: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": mp_policy,
-        "ignored_params": ignored_params,
+        "reshard_after_forward": reshard_after_forward,
         "hierarchical_gather": hierarchical_gather,
         "accumulate": accumulate,
         "keep_between_microsteps": keep_between_microsteps,
     }
-    for group in find_units(model, units):
+    ignored = ignored_params or set()
+    found, notes = find_and_explain(model, units, ignored)
+    for group in found:
+        # Each is told of its own: there may be as many as there are units.
+        inside = {p for module in group for p in module.parameters()} if ignored else set()
         fully_shard(
-            group if len(group) > 1 else group[0],
-            reshard_after_forward=reshard_after_forward,
-            **common,
+            group if len(group) > 1 else group[0], ignored_params=ignored & inside, **common
         )
-    fully_shard(model, reshard_after_forward=reshard_after_forward, **common)
+    fully_shard(model, ignored_params=ignored, **common)
+    model._mics_unit.notes = notes  # type: ignore[union-attr]
     return model
 
 
@@ -81,6 +91,15 @@ def find_units(model: nn.Module, units: Units = "auto") -> list[list[nn.Module]]
 
     Tied parameters end up in one list, or in none (then the root has them).
     """
+    return find_and_explain(model, units, set())[0]
+
+
+def find_and_explain(
+    model: nn.Module, units: Units, ignored: set[nn.Parameter]
+) -> tuple[list[list[nn.Module]], list[str]]:
+    """The units, and what became of those that share parameters: lines of the start-up report."""
+    tree = Tree(model)
+    outer: list[list[nn.Module]] = []
     if isinstance(units, list):
         chosen = list(units)
     elif isinstance(units, str):
@@ -88,45 +107,52 @@ def find_units(model: nn.Module, units: Units = "auto") -> list[list[nn.Module]]
             raise ValueError(
                 f'units must be "auto", a set of classes, a predicate, an int or a list: got {units!r}.'
             )
-        blocks = _find_blocks(model)
-        joined = _join_tied(_innermost_first(model, blocks), _find_outer_units(model, blocks))
-        return _without_ties_to_the_root(model, joined)
+        chosen = _find_blocks(tree)
+        outer = _find_outer_units(tree, chosen)
     elif isinstance(units, set):
         classes = tuple(units)
-        chosen = [m for m in model.modules() if isinstance(m, classes)]
+        chosen = [m for m in tree.modules if isinstance(m, classes)]
     elif isinstance(units, bool):
         raise TypeError(f"units must not be a bool: got {units!r}.")
     elif isinstance(units, int):
-        chosen = _find_by_size(model, units)
+        chosen = _find_by_size(tree, units)
     elif callable(units):
-        chosen = [m for m in model.modules() if units(m)]
+        chosen = [m for m in tree.modules if units(m)]
     else:
         raise TypeError(
             'units must be "auto", a set of classes, a predicate, an int or a list: got '
             f"{type(units).__name__}."
         )
     chosen = [module for module in chosen if module is not model]
-    if not chosen and not isinstance(units, int):
+    if not chosen and not isinstance(units, int | str):
         raise ValueError(f"no module of {type(model).__name__} is a unit: got units={units!r}.")
-    return _join_tied(_innermost_first(model, chosen), [])
+    missing = [type(module).__name__ for module in chosen if id(module) not in tree.order]
+    if missing:
+        raise ValueError(f"units must be modules of the model: got {missing} from elsewhere.")
+    inner = sorted(chosen, key=lambda module: -tree.order[id(module)])
+    candidates = [*([module] for module in inner), *outer]
+    # Who names the modules is told what is tied to the root, by fully_shard().
+    return join_units(tree, candidates, ignored, leaves_to_root=not isinstance(units, list))
 
 
-def _find_blocks(model: nn.Module) -> list[nn.Module]:
+def _find_blocks(tree: Tree) -> list[nn.Module]:
     """The repeated blocks: by name of class if the model says so, else by the largest ModuleList."""
-    names = set(getattr(model, "_no_split_modules", None) or [])
-    if names:
-        return [module for module in model.modules() if type(module).__name__ in names]
+    names = set(getattr(tree.root, "_no_split_modules", None) or [])
+    named = [m for m in tree.modules if type(m).__name__ in names and m is not tree.root]
+    if named:
+        return named
     best: list[nn.Module] = []
-    for module in model.modules():
+    best_numel = 0
+    for module in tree.modules:
         if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < 2:
             continue
-        members = _members_of(module)
-        kinds = [type(member) for member in members]
         # In the order of the members: every rank must find the same.
-        for kind in dict.fromkeys(kinds):
-            repeated = [member for member in members if type(member) is kind]
-            if len(repeated) > 1 and _numel(repeated) > _numel(best):
-                best = repeated
+        kinds: dict[type[nn.Module], list[nn.Module]] = {}
+        for member in _members_of(module):
+            kinds.setdefault(type(member), []).append(member)
+        for repeated in kinds.values():
+            if len(repeated) > 1 and (numel := _numel(repeated)) > best_numel:
+                best, best_numel = repeated, numel
     return best
 
 
@@ -134,10 +160,8 @@ def _members_of(container: nn.Module) -> list[nn.Module]:
     """The members that have a forward: of a ModuleList of ModuleLists, those of the inner ones."""
     members: list[nn.Module] = []
     for member in container._modules.values():
-        if member is None:
-            continue
-        has_forward = type(member).forward is not nn.Module.forward
-        members += [member] if has_forward else _members_of(member)
+        if member is not None:
+            members += [member] if has_forward(member) else _members_of(member)
     return members
 
 
@@ -145,87 +169,31 @@ def _numel(modules: list[nn.Module]) -> int:
     return sum({id(p): p.numel() for m in modules for p in m.parameters()}.values())
 
 
-def _find_outer_units(model: nn.Module, blocks: list[nn.Module]) -> list[list[nn.Module]]:
+def _find_outer_units(tree: Tree, blocks: list[nn.Module]) -> list[list[nn.Module]]:
     """Embeddings each, and what follows the blocks (final norm and head) together."""
-    inside = {id(child) for block in blocks for child in block.modules()}
-    above = {id(m) for m in model.modules() if any(c is b for b in blocks for c in m.modules())}
+    is_block = {id(block) for block in blocks}
+    inside = tree.below(blocks)
+    above = tree.holders_of(is_block)
     leaves = [
         module
-        for module in model.modules()
+        for module in tree.modules
         if id(module) not in inside and id(module) not in above and module._parameters
     ]
     embeddings: list[list[nn.Module]] = [[m] for m in leaves if isinstance(m, nn.Embedding)]
     if not blocks:
         return embeddings
-    order = [id(module) for module in model.modules()]
-    last_block = max(order.index(id(block)) for block in blocks)
+    last_block = max(tree.order[id(block)] for block in blocks)
     tail = [
         module
         for module in leaves
-        if not isinstance(module, nn.Embedding) and order.index(id(module)) > last_block
+        if not isinstance(module, nn.Embedding) and tree.order[id(module)] > last_block
     ]
     return embeddings + ([tail] if tail else [])
 
 
-def _find_by_size(model: nn.Module, minimum: int) -> list[nn.Module]:
+def _find_by_size(tree: Tree, minimum: int) -> list[nn.Module]:
     if minimum < 1:
         raise ValueError(f"units as a number of parameters must be at least 1: got {minimum}.")
-    large = [m for m in model.modules() if _numel([m]) >= minimum]
-    return [
-        module
-        for module in large
-        if not any(other is not module and other in set(module.modules()) for other in large)
-        and type(module).forward is not nn.Module.forward
-    ]
-
-
-def _innermost_first(model: nn.Module, modules: list[nn.Module]) -> list[list[nn.Module]]:
-    order = {id(module): position for position, module in enumerate(model.modules())}
-    missing = [type(module).__name__ for module in modules if id(module) not in order]
-    if missing:
-        raise ValueError(f"units must be modules of the model: got {missing} from elsewhere.")
-    return [[module] for module in sorted(modules, key=lambda module: -order[id(module)])]
-
-
-def _join_tied(inner: list[list[nn.Module]], outer: list[list[nn.Module]]) -> list[list[nn.Module]]:
-    """Joins units that share a parameter, so that a tied parameter is in one unit."""
-    joined: list[list[nn.Module]] = []
-    for unit in [*inner, *outer]:
-        mine = {id(p) for module in unit for p in module.parameters()}
-        sharing = [
-            other
-            for other in joined
-            if mine & {id(p) for module in other for p in module.parameters()}
-            and not _contains(unit, other)
-        ]
-        merged = [module for other in sharing for module in other] + unit
-        joined = [other for other in joined if other not in sharing] + [merged]
-    return joined
-
-
-def _without_ties_to_the_root(
-    model: nn.Module, units: list[list[nn.Module]]
-) -> list[list[nn.Module]]:
-    """Leaves to the root the units that share a parameter with what the root has anyway."""
-    while True:
-        inside = {id(m) for unit in units for module in unit for m in module.modules()}
-        outside = {
-            id(parameter)
-            for module in model.modules()
-            if id(module) not in inside
-            for parameter in module._parameters.values()
-        }
-        free = [
-            unit
-            for unit in units
-            if not any(id(p) in outside for module in unit for p in module.parameters())
-        ]
-        if len(free) == len(units):
-            return units
-        units = free
-
-
-def _contains(outer: list[nn.Module], inner: list[nn.Module]) -> bool:
-    """Whether the inner unit lies below the outer: its parameters are its own."""
-    below = {id(child) for module in outer for child in module.modules()}
-    return all(id(module) in below for module in inner)
+    large = [m for m in tree.modules if has_forward(m) and _numel([m]) >= minimum]
+    holders = tree.holders_of({id(module) for module in large}, strictly=True)
+    return [module for module in large if id(module) not in holders]

@@ -121,6 +121,7 @@ class ShardedUnit:
         self.index = -1
         self.hooks: _C.UnitHooks | None = None  # of its modules; a companion has none
         self.has_gradient: list[bool] = []  # per parameter, as the C++ unit has it
+        self.notes: list[str] = []  # of shard_model() on its root: lines of the start-up report
         # Frozen parameters of other dtypes, one unit per dtype, gathered and freed with this one.
         self.companions: list[ShardedUnit] = []
         # Of a group: modules that the open forward has still to run, and those that run now.
