@@ -312,7 +312,7 @@ def _make_getattr(cls: type[nn.Module]) -> Callable[[nn.Module, str], Any]:
         if name in parameters and not torch.compiler.is_compiling():
             unit = self.__dict__.get("_mics_unit") or self.__dict__["_modules"].get("_mics_unit")
             if unit is not None:
-                lend(unit, self)
+                lend(unit, [self])
                 return parameters[name]
         return cls.__getattr__(self, name)
 

@@ -29,8 +29,14 @@ def register_hooks(unit: ShardedUnit) -> None:
     owners = {id(place.module): place.module for p in unit.parameters for place in p.places}
     for module in unit.modules:
         owners.pop(id(module), None)
+    holders: dict[int, list[nn.Module]] = {each: [] for each in owners}
+    for module in unit.modules:
+        for child in module.modules():
+            if id(child) in holders:
+                holders[id(child)].append(module)
     for module in owners.values():
-        module.register_forward_pre_hook(_Guard(unit), prepend=True)
+        guard = _Guard(unit, holders[id(module)])
+        module.register_forward_pre_hook(guard, prepend=True)
 
 
 class _Guard:
@@ -40,14 +46,15 @@ class _Guard:
     tell when its parameters may be freed.
     """
 
-    def __init__(self, unit: ShardedUnit) -> None:
+    def __init__(self, unit: ShardedUnit, holders: list[nn.Module]) -> None:
         self._unit = unit
+        self._holders = holders  # modules of the unit that have the guarded one in them
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             return  # Dynamo drops the guard from what it compiles
         unit = self._unit
-        lend(unit, unit.modules[0])
+        lend(unit, self._holders)
         handle = unit.handle
         if (handle is None or not handle.is_unsharded) and not unit.is_full_elsewhere:
             raise RuntimeError(
@@ -57,8 +64,8 @@ class _Guard:
             )
 
 
-def lend(unit: ShardedUnit, module: nn.Module) -> None:
-    """Gathers the unit when its parameters are used in a forward, but not in that of `module`.
+def lend(unit: ShardedUnit, holders: list[nn.Module]) -> None:
+    """Gathers the unit when its parameters are used in a forward, but not in that of a module of `holders`.
 
     They are there until the outermost forward returns, and are reduced with it.
     """
@@ -66,7 +73,7 @@ def lend(unit: ShardedUnit, module: nn.Module) -> None:
     if context is None or unit.is_full_elsewhere:
         return
     is_group = len(unit.modules) > 1
-    if is_group and module in unit.running:
+    if is_group and any(module in unit.running for module in holders):
         return
     for each in unit.all:
         context.engine.lend(each.index, is_group=is_group)

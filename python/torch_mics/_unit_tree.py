@@ -164,6 +164,7 @@ def join_units(
             if id(module) not in place_of:
                 place_of[id(module)] = place
                 chosen.append(module)
+    chosen.sort(key=lambda module: tree.order[id(module)])
     regions = _Regions(tree, chosen, ignored)
     joined = regions.joined
     for _, one, other in regions.ties:

@@ -75,7 +75,7 @@ def on_ranks(*partition_sizes: int, cases: Sequence[Any] = ()) -> Callable[..., 
             selected = [
                 item.callspec.params["key"]
                 for item in request.session.items
-                if item.module.__name__ == module and hasattr(item, "callspec")
+                if item.module.__name__ == module and "key" in getattr(item, "fixturenames", [])
             ]
             failures = _failures(module, tuple(selected))[key]
             assert not failures, "\n".join(failures)
