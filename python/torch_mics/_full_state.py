@@ -21,6 +21,8 @@ def full_state_dict(
 ) -> dict[str, Any]:
     """Gathers the whole model as plain tensors, under the names of the unsharded model. Collective.
 
+    Names of a tied parameter have one tensor.
+
     Args:
         model: the sharded root module.
         cpu_offload: tensors on the CPU, one gathered at a time on the device.
@@ -38,18 +40,32 @@ def full_state_dict(
     keeps = not rank0_only or dist.get_rank() == 0
     found: dict[str, Any] = {}
     with together("full_state_dict"):
-        for name, value in model.state_dict().items():
-            if isinstance(value, DTensor):
-                local = value.to_local()
-                full = full_tensor(value)
-                # With one rank in the group the gathered tensor may be the shard itself.
-                value = full.clone() if full.data_ptr() == local.data_ptr() else full
-            if not keeps:
-                continue
-            if isinstance(value, torch.Tensor) and cpu_offload:
-                value = value.cpu()
-            found[plain_name(name)] = value
-    return found
+        # What is tied is gathered once and is one tensor, as in the unsharded model: a writer may keep it
+        # once, or tie again what it finds to be one.
+        first: dict[int, str] = {}
+        for key, value in model.state_dict(keep_vars=True).items():
+            name = plain_name(key)
+            known = first.setdefault(id(value), name)
+            if known == name:
+                found[name] = _full_value(value, keeps=keeps, cpu_offload=cpu_offload)
+            else:
+                found[name] = found[known]
+    return found if keeps else {}
+
+
+def _full_value(value: Any, *, keeps: bool, cpu_offload: bool) -> Any:
+    """An entry of a full state dict; None where this rank only helps to gather it."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value.detach()
+    if isinstance(value, DTensor):
+        local = value.to_local()
+        full = full_tensor(value)
+        # With one rank in the group the gathered tensor may be the shard itself.
+        value = full.clone() if full.data_ptr() == local.data_ptr() else full
+    if not keeps:
+        return None
+    return value.cpu() if cpu_offload else value
 
 
 def full_tensor(sharded: DTensor) -> torch.Tensor:

@@ -427,8 +427,9 @@ void Engine::post_forward(int unit, bool failed) {
   if (!failed && forward_depth_ > 1 && orders_.upcoming(1).empty()) start_ahead();
   if (--forward_depth_ == 0) {
     forward_tape_ = nullptr;
-    end_phase();
+    // What is started ahead now is a backward's.
     gathers_.end_forward();
+    end_phase();
   }
 }
 
