@@ -203,8 +203,9 @@ def _contexts(model: nn.Module, caller: str) -> list[Context]:
 def describe(model: nn.Module) -> str:
     """Gives the start-up report: groups, units, what carries each communicator, planned memory.
 
-    Rank 0 also logs it at the first forward, by the logger "torch_mics" at level INFO. Collective before
-    the first forward.
+    Also which units shard_model() joined or left to the root for what they share, and which have been lent
+    so far (docs/training.md#units). Rank 0 also logs it at the first forward, by the logger "torch_mics" at
+    level INFO. Collective before the first forward.
     """
     return "\n".join(context.describe() for context in _contexts(model, "describe"))
 
