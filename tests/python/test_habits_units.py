@@ -208,6 +208,7 @@ def test_parameters_in_several_places_train_as_one_process(world, name):
             each.zero_grad()
     report = mics.describe(model)
     assert all(note in report for note in notes), report
+    assert "lent: " not in report  # each runs in its own forward
     assert ("tied: " in report) == bool(notes) or units == 49, report
 
 
