@@ -84,6 +84,26 @@ def names(kind: str) -> dict[str, str]:
 
 def build(kind: str, name: str) -> Any:
     """A model of two layers, the same on every rank, in training mode; raises what its class raises."""
+    config = _small_config(name)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return _class_of(kind, name)(config).train()
+
+
+def size(kind: str, name: str) -> int:
+    """The number of parameters that build() would give; allocates none."""
+    with torch.device("meta"):
+        model = _class_of(kind, name)(_small_config(name))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _class_of(kind: str, name: str) -> Any:
+    import transformers
+
+    return getattr(transformers, names(kind)[name])
+
+
+def _small_config(name: str) -> Any:
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -92,9 +112,7 @@ def build(kind: str, name: str) -> Any:
     for part in (config, *(getattr(config, each, None) for each in _PARTS)):
         if isinstance(part, transformers.PreTrainedConfig):
             _shrink(part, set(arguments))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return getattr(transformers, names(kind)[name])(config).train()
+    return config
 
 
 def _shrink(config: Any, kept: set[str]) -> None:
