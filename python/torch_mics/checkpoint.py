@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -200,7 +201,11 @@ def _undisturbed(
         each.clear()
     for p in parameters:
         p.grad = None
-    with ignoring_steps_of(optimizer):
+    with ignoring_steps_of(optimizer), contextlib.ExitStack() as stack:
+        if not keeps_state:
+            # A backward may follow whose forward has used the weights, which stay as they are.
+            tensors = [p._local_tensor for p in parameters if isinstance(p, DTensor)]
+            stack.enter_context(_unsafe_preserve_version_counter((*parameters, *tensors)))
         try:
             yield
         finally:

@@ -506,3 +506,17 @@ def test_lbfgs_calls_its_closure_several_times(world):
     for mine, other, right in zip(*(m.parameters() for m in models), strict=True):
         torch.testing.assert_close(mine.full_tensor(), other.full_tensor(), rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(mine.full_tensor(), right, rtol=1e-4, atol=1e-6)
+
+
+@on_ranks(4, 2)
+def test_a_save_between_forward_and_backward_changes_nothing(world):
+    """Also before the first step, for which torch makes the optimizer's state by a step of its own."""
+    model, plain = twins(world, Stack)
+    state = mics.checkpoint.TrainState(model, torch.optim.AdamW(model.parameters()))
+    path = world.gather(tempfile.mkdtemp())[0]
+    loss = value_of(model, world.rank)
+    state.save(path)
+    loss.backward()
+    train_alone(plain, value_of)
+    expect_gradients(world, model, plain)
+    expect_values(model, plain)
