@@ -101,7 +101,8 @@ def _take_random_states(device: torch.device, starts: list[bytes]) -> list[bytes
         state = torch.get_device_module(device).get_rng_state(device)
         states.append(state.numpy().tobytes())
     texts = json.dumps([base64.b64encode(state).decode() for state in states])
-    first = [base64.b64decode(text) for text in json.loads(exchange("the random state", texts)[0])]
+    answers = exchange("the random state in a call of materialize", texts)
+    first = [base64.b64decode(text) for text in json.loads(answers[0])]
     set_random_state(first[0])
     if on_device:
         state = torch.frombuffer(bytearray(first[-1]), dtype=torch.uint8)
@@ -111,7 +112,8 @@ def _take_random_states(device: torch.device, starts: list[bytes]) -> list[bytes
 
 def _of_all_ranks(problems: dict[str, list[str]]) -> dict[str, list[str]]:
     """Joins what the ranks found: a rank without rows of a parameter sees nothing of it."""
-    answers = [json.loads(text) for text in exchange("the first values", json.dumps(problems))]
+    texts = exchange("the first values in a call of materialize", json.dumps(problems))
+    answers = [json.loads(text) for text in texts]
     return {
         kind: list(dict.fromkeys(name for answer in answers for name in answer[kind]))
         for kind in problems

@@ -197,7 +197,16 @@ def exposed(model: nn.Module) -> dict[str, dict[str, float]]:
 def _contexts(model: nn.Module, caller: str) -> list[Context]:
     """Those of the units below `model`; that of the model itself, made now, where there is none."""
     module = sharded_module(model, caller)
-    return contexts_of(module) or [cast(MiCSModule, module)._context()]
+    found = contexts_of(module)
+    if found:
+        return found
+    try:
+        return [cast(MiCSModule, module)._context()]
+    except _C.TimeoutError as error:
+        # Other ranks may as well run their first forward.
+        raise _C.TimeoutError(
+            f"{caller} must be called on every rank before the first forward: {error}"
+        ) from error
 
 
 def describe(model: nn.Module) -> str:
