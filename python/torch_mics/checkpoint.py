@@ -26,11 +26,13 @@ from torch_mics._context import units_of
 from torch_mics._exchange import all_or_none, together
 from torch_mics._full_state import describe_misfit, full_state_dict, shapes_of
 from torch_mics._optimizer_checks import ignoring_steps_of
+from torch_mics._state_dict_hooks import plain_name
 from torch_mics._training import sharded_module
 
 __all__ = ["TrainState", "export_safetensors"]
 
 _KEY = "train"
+_OPTIMIZER_STATE = f"{_KEY}.optimizer.state."
 _EXTRA_STATE = "_extra_state"  # of torch; may be a tree of anything
 _HAS_STEPPED = "optimizer has stepped"
 
@@ -87,7 +89,7 @@ class TrainState(Stateful):
                 optim_state_dict=state_dict["optimizer"],
             )
         if self.optimizer is not None and not state_dict.get(_HAS_STEPPED, True):
-            self.optimizer.state.clear()
+            _drop_state(self.optimizer)
         for name, extra in self.extras.items():
             extra.load_state_dict(state_dict["extras"][name])
         for unit in units_of(self.model):
@@ -120,11 +122,57 @@ class TrainState(Stateful):
                 )
             entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
             self._check_model(path, entries)
-        with all_or_none("TrainState.load"), _plain_errors("TrainState.load", path):
+        with (
+            all_or_none("TrainState.load"),
+            _plain_errors("TrainState.load", path),
+            self._having_state_of(entries),
+        ):
             wanted: Stateful = self
             if f"{_KEY}.{_HAS_STEPPED}" not in entries:
                 wanted = _Older(self)
             dcp.load({_KEY: wanted}, checkpoint_id=path)
+
+    @contextlib.contextmanager
+    def _having_state_of(self, entries: dict[str, Any]) -> Iterator[None]:
+        """Lets the optimizer have a state of what has one in a checkpoint, and of nothing else.
+
+        A parameter has none before its first gradient; torch expects one of each that requires gradients.
+        """
+        optimizer = self.optimizer
+        if optimizer is None:
+            yield
+            return
+        named = set()
+        for entry in entries:
+            if entry.startswith(_OPTIMIZER_STATE):
+                name = entry.removeprefix(_OPTIMIZER_STATE)
+                while "." in name:  # what a state holds may be a tree
+                    name = name.rpartition(".")[0]
+                    named.add(name)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        found = self.model.named_parameters(remove_duplicate=False)
+        owners = {id(p) for name, p in found if plain_name(name) in named}
+        saved = [id(p) in owners for p in parameters]
+        if optimizer.state:
+            expected = [bool(optimizer.state.get(p)) for p in parameters]
+        else:
+            expected = [p.requires_grad for p in parameters]
+        if saved == expected:
+            yield
+            return
+        state, trainable = dict(optimizer.state), [p.requires_grad for p in parameters]
+        _drop_state(optimizer)
+        for p, is_saved in zip(parameters, saved, strict=True):
+            p.requires_grad_(is_saved)
+        try:
+            yield
+        except BaseException:
+            _drop_state(optimizer)
+            optimizer.state.update(state)
+            raise
+        finally:
+            for p, is_trainable in zip(parameters, trainable, strict=True):
+                p.requires_grad_(is_trainable)
 
     def _check_model(self, path: str | os.PathLike[str], entries: dict[str, Any]) -> None:
         prefix = f"{_KEY}.model."
@@ -215,9 +263,15 @@ def _undisturbed(
                 with torch.no_grad():
                     for p, value in zip(parameters, weights, strict=True):
                         (p._local_tensor if isinstance(p, DTensor) else p).copy_(value)
-                optimizer.state.clear()
+                _drop_state(optimizer)
             for p, gradient in zip(parameters, gradients, strict=True):
                 p.grad = gradient
+
+
+def _drop_state(optimizer: torch.optim.Optimizer) -> None:
+    """Whoever holds tensors of the state keeps them: torch_mics.optim makes new ones the next time."""
+    optimizer.state.clear()
+    optimizer.__dict__.pop("_mics_flat", None)
 
 
 def export_safetensors(

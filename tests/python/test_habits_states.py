@@ -520,3 +520,70 @@ def test_a_save_between_forward_and_backward_changes_nothing(world):
     train_alone(plain, value_of)
     expect_gradients(world, model, plain)
     expect_values(model, plain)
+
+
+class Partial(Stack):
+    """Its layers use their spare parts only when asked to."""
+
+    uses_spare = False
+
+    def run_layers(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x, self.uses_spare)
+        return x
+
+
+@on_ranks(4, 2, cases=["AdamW", "SGD", "mics.AdamW"])
+def test_optimizer_states_of_some_parameters_are_saved_and_loaded(world, kind):
+    """A parameter has none before its first gradient, and keeps it when it is frozen."""
+
+    def make_optimizer(model: Any) -> Any:
+        if kind == "SGD":
+            return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        is_ours = kind == "mics.AdamW" and isinstance(model, mics.MiCSModule)
+        return (mics.optim if is_ours else torch.optim).AdamW(model.parameters(), lr=0.01, eps=1e-3)
+
+    path = world.gather(tempfile.mkdtemp())[0]
+    both = twins(world, Partial)
+    optimizers = [make_optimizer(each) for each in both]
+    for each, optimizer in zip(both, optimizers, strict=True):
+        step(each, optimizer, 0)
+        each.embed.requires_grad_(False)
+    mics.checkpoint.TrainState(both[0], optimizers[0]).save(path)
+    saved = copy.deepcopy([both[1].state_dict(), optimizers[1].state_dict()])
+    for is_fresh in (False, True):
+        for which, each in enumerate(both):
+            each.uses_spare = True
+            if is_fresh:
+                optimizers[which] = make_optimizer(each)
+            else:
+                step(each, optimizers[which], 0, 1)
+        mics.checkpoint.TrainState(both[0], optimizers[0]).load(path)
+        both[1].load_state_dict(saved[0])
+        optimizers[1].load_state_dict(copy.deepcopy(saved[1]))
+        counts = [
+            [len(o.state.get(p, {})) for p in each.parameters()]
+            for each, o in zip(both, optimizers, strict=True)
+        ]
+        assert counts[0] == counts[1]
+        assert not any(p.requires_grad for p in both[0].embed.parameters())
+        for number in range(2):
+            for each, optimizer in zip(both, optimizers, strict=True):
+                step(each, optimizer, 0, 3 + number)
+                each.embed.requires_grad_(number == 0)
+        for mine, right in zip(both[0].parameters(), both[1].parameters(), strict=True):
+            torch.testing.assert_close(mine.full_tensor(), right)
+
+
+@on_ranks(4, 2, cases=["AdamW", "mics.AdamW"])
+def test_fresh_optimizer_has_the_loaded_state(world, kind):
+    model, _ = twins(world, Stack)
+    path = world.gather(tempfile.mkdtemp())[0]
+    optimizer = OPTIMIZERS[kind](model.parameters(), lr=0.01)
+    step(model, optimizer, world.rank)
+    mics.checkpoint.TrainState(model, optimizer).save(path)
+    saved = optimizer.state_dict()
+    other = OPTIMIZERS[kind](model.parameters(), lr=0.01)
+    mics.checkpoint.TrainState(model, other).load(path)
+    expect_same(saved["state"], other.state_dict()["state"])
+    assert any(s["exp_avg"].to_local().any() for s in saved["state"].values())
