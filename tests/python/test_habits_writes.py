@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -188,11 +189,11 @@ def write_set_data(model: nn.Module) -> None:
         parameter.data.lerp_(torch.zeros_like(parameter.data), 0.5)
 
 
-_groups: dict[int, Any] = {}
+_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def _alone() -> Any:
-    key = id(dist.group.WORLD)
+    key = dist.group.WORLD
     if key not in _groups:
         made = [dist.new_group([rank]) for rank in range(WORLD)]
         _groups[key] = made[dist.get_rank()]

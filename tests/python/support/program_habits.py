@@ -12,6 +12,7 @@ import pickle
 import random
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -113,12 +114,13 @@ def close(mine: torch.Tensor, other: torch.Tensor) -> None:
     torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
 
 
-_saving_groups: dict[int, Any] = {}
+# By the default group: processes of tests are kept, their groups are not.
+_saving_groups: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def saving_group() -> Any:
     """For saves beside training: their collectives run on a thread."""
-    world = id(dist.group.WORLD)
+    world = dist.group.WORLD
     if world not in _saving_groups:
         _saving_groups[world] = dist.new_group(backend="gloo")
     return _saving_groups[world]
@@ -162,9 +164,6 @@ class Habits:
         draws = [self.choose.random() < 0.5 for _ in range(WORLD)]
         extra = {"all": [True] * WORLD, "none": [False] * WORLD, "some": draws}[kind]
         return self.num_batches, extra
-
-    def unit_layer(self) -> int | None:
-        return self.choose.choice(self.plan.units) if self.plan.units else None
 
     # Evaluation
 
@@ -253,20 +252,24 @@ class Habits:
     # Children
 
     def child_alone(self) -> None:
-        index, batch = self.unit_layer(), self.next_batch()
-        if index is not None:
+        number, _ = self.next_batch()
+        if self.plan.units:
+            index = self.choose.choice(self.plan.units)
             with torch.no_grad():
-                close(*(m.layers[index](self.points(0, batch[0]), True) for m in self.both))
+                close(*(model.layers[index](self.points(0, number), True) for model in self.both))
 
     def train_child(self) -> None:
-        """A layer's own forward and backward, without the root's."""
-        index, (number, extra) = self.unit_layer(), self.next_batch()
-        if index is None:
+        """Forward and backward of some layers, one after the other, without the root's."""
+        number, extra = self.next_batch()
+        chosen = [index for index in self.plan.units if self.choose.random() < 0.6]
+        if not chosen:
             return
 
         def value(model: Any, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-            x = self.points(rank, number).requires_grad_()
-            return x, model.layers[index](x, extra[rank]).square().mean()
+            y = x = self.points(rank, number).requires_grad_()
+            for index in chosen:
+                y = model.layers[index](y, extra[rank])
+            return x, y.square().mean()
 
         x, mine = value(self.model, self.rank)
         mine.backward()
@@ -342,6 +345,8 @@ class Habits:
     def load_saved(self) -> None:
         self.finish_saving()
         if self.saved is not None:
+            if not self.plan.steps_in_backward and self.choose.random() < 0.5:
+                self.optimizers = [self.plan.make_optimizers(model) for model in self.both]
             self.train_state().load(self.last_path)
             self.set_states(1, self.saved)
 

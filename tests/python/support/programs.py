@@ -46,8 +46,10 @@ class RandomProgram(Habits):
         ]
         # Between two micro-steps.
         self.after_backward: list[Action] = [*self.after_forward, self.write_in_place]
-        if not self.plan.steps_in_backward:  # which would not step what got a gradient and froze
-            self.after_backward.append(self.freeze_a_layer)
+        if not self.plan.steps_in_backward:
+            # There a layer would step alone, or not when it was frozen.
+            self.after_forward.append(self.train_child)
+            self.after_backward += [self.train_child, self.freeze_a_layer]
         self.between: list[Action] = [
             *self.after_forward,
             self.write,
