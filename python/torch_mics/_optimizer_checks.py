@@ -88,11 +88,14 @@ def _why_unfinished(unit: ShardedUnit) -> str:
             "outside of it."
         )
     if not settings.requires_all_reduce:
-        return "set_requires_all_reduce(False) is in force: set it to True for the last micro-step."
+        return (
+            "set_requires_all_reduce(False) is in force: set it to True for the last micro-step, or run "
+            "that with microbatch(model, is_last=True)."
+        )
     if not settings.is_last_backward:
         return "set_is_last_backward(False) is in force: set it to True for the last backward."
     handle = unit.handle
-    if handle is not None and not handle.has_pending:
+    if handle is not None and not handle.is_accumulating:
         return (
             "Its backward has not ended, or began at no output of its forward: with "
             "set_manual_backward_finalization(True) call finalize_backward(), else return the tensors "

@@ -41,7 +41,7 @@ COMM_HEADERS = (
     "shm_communicator.h",
     "nccl_world.h",
 )
-SHARD_HEADERS = ("full_buffer.h",)
+SHARD_HEADERS = ("full_buffer.h", "storage_part.h")
 COLLECTIVE_HEADERS = ("unit_collectives.h",)
 RUNTIME_HEADERS = (
     "unit.h",
@@ -147,8 +147,8 @@ ROOMS = (
     ),
     Room(
         "src/optim",
-        (*BASE, *public(*OPTIM_HEADERS), *TORCH, "base/*", "optim/*"),
-        "optim needs base and ATen",
+        (*BASE, *public("storage_part.h", *OPTIM_HEADERS), *TORCH, "base/*", "optim/*"),
+        "optim needs base, parts of storages and ATen",
     ),
     Room(
         "src/runtime",
