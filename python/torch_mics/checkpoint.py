@@ -298,9 +298,11 @@ def export_safetensors(
         state = full_state_dict(model)
         with all_or_none("export_safetensors"):
             if dist.get_rank() == 0:
-                tensors = {
-                    name: value.contiguous()
-                    for name, value in state.items()
-                    if isinstance(value, torch.Tensor)
-                }
+                # What is tied stands under each of its names: the format shares no memory.
+                tensors: dict[str, torch.Tensor] = {}
+                seen: set[int] = set()
+                for name, value in state.items():
+                    if isinstance(value, torch.Tensor):
+                        tensors[name] = value.clone() if id(value) in seen else value.contiguous()
+                        seen.add(id(value))
                 save_file(tensors, path, metadata=metadata)
