@@ -130,6 +130,14 @@ def test_every_boundary_is_counted(world):
 
 
 @on_ranks()
+def test_what_is_kept_is_gathered_once_per_boundary(world):
+    kept = {"reshard_after_forward": False, "keep_between_microsteps": "full"}
+    report, _ = watched(sharded(world, **kept), defer=False)
+    assert report.shape.num_boundaries == MICRO_STEPS
+    assert report.bytes_agree, report.text()
+
+
+@on_ranks()
 def test_steps_with_an_evaluation_are_not_compared(world):
     model = sharded(world)
 

@@ -117,12 +117,11 @@ def _step_bytes(unit: ShardedUnit, shape: StepShape) -> _C.StepBytes:
         hops.reduce_intra = shape.num_boundaries
     if residency.gradient_accumulation != _C.Residency.SHARD:
         hops.reduce_rail = shape.num_boundaries
-    if not any(parameter.sharded.requires_grad for parameter in unit.parameters):
-        # No optimizer writes the shard: what is kept from step to step stays right.
-        if residency.between_microsteps != _C.Residency.SHARD:
-            hops.gather_rail = 0
-        if residency.between_microsteps == _C.Residency.FULL:
-            hops.gather_intra = 0
+    # What is kept serves one accumulation.
+    if residency.between_microsteps != _C.Residency.SHARD:
+        hops.gather_rail *= shape.num_boundaries
+    if residency.between_microsteps == _C.Residency.FULL:
+        hops.gather_intra *= shape.num_boundaries
     if topology.partition_size == 1 and unit.parameter_dtype == unit.dtype:
         hops.gather_rail = hops.gather_intra = 0  # the shard is the full parameters
     group = topology.rail_group(dist.get_rank(), unit.groups.variant(unit.hierarchical))
