@@ -177,9 +177,10 @@ def test_changed_weight_is_never_missed_where_the_full_one_is_kept(world, how):
     model, plain = twins(world, Stack, reshard_after_forward=False)
     model.set_reshard_after_backward(False)
     outputs = [model(points(world.rank))]
-    gathers = calls(model, "gather/intra")
+    assert calls(model, "gather/intra") == NUM_UNITS
+    # Nobody knows whether a weight was written in between.
     model(points(world.rank))
-    assert calls(model, "gather/intra") == gathers == NUM_UNITS
+    assert calls(model, "gather/intra") == 2 * NUM_UNITS
     for _ in range(2):
         for each in (model, plain):
             CHANGES[how](each)

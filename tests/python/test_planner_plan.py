@@ -315,7 +315,7 @@ def _count(rank: int, cases: list[tuple[int, bool, bool, int]]) -> list[tuple[di
         for unit in units_of(model):
             if not unit.parameters:
                 continue
-            layout, trainable = unit.layout(), unit.layout(only_trainable=True)
+            layout, trainable = unit.layout(), unit.gradient_layout()
             units.append(
                 _C.UnitSize(
                     shard_numel=layout.shard_numel,
