@@ -104,7 +104,8 @@ class GatherPipeline {
   };
   // Which values of a shard: those after `num_writes` writes that were told of, with `version` in
   // its version counters, since the last of `num_boundaries`, gathered in or after outermost
-  // forward `forward`. A copy of other values is old; one of an earlier forward is for forwards.
+  // forward `forward`. A copy of other values is old. To a forward, so is one that was gathered
+  // before the first forward whose copies it may use.
   // Version counters alone are not enough, as many writes move none; they may shorten the life of a
   // copy, never lengthen it. Ranks decide alike: the same calls are made on all, and torch counts
   // on all.

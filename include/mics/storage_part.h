@@ -1,7 +1,8 @@
 // Parts of a buffer that are tensors for themselves: what DTensors of a flat shard hold.
 //
-//   buffer  [.. a a a a . b b b ..]     a = make_part(buffer, 2, {2, 2}); b = make_part(buffer, 7,
-//   {3})
+//   buffer  [.. a a a a . b b b ..]
+//   a = make_part(buffer, 2, {2, 2})
+//   b = make_part(buffer, 7, {3})
 //
 // A part reads and writes the buffer's memory, but has a storage of its own that begins and ends
 // with it and keeps the buffer's memory alive. torch copies and saves such a tensor, and DTensors
