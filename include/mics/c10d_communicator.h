@@ -18,7 +18,7 @@ class ProcessGroup;
 namespace mics {
 
 // `process_group` has the members of `group` in the same order. It is held until the communicator
-// is destroyed; other users of it must keep to the order of calls that c10d asks for. `timeout` is
+// is destroyed; all its users together make the same sequence of calls on every member. `timeout` is
 // that of one operation. Must not be called, nor must operations run, with the GIL held. Throws
 // InvalidArgument when size or rank differ between the two.
 [[nodiscard]] std::unique_ptr<Communicator> make_c10d_communicator(

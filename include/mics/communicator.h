@@ -7,7 +7,7 @@
 // Lifetime: tensors are held until the operation has run; the caller may drop its own references.
 // Sums:     in ascending rank order, in fp32 (fp64 for fp64, the type itself for integers), rounded
 //           once to the tensors' dtype. There is no average: scaling is the caller's, in fp32.
-// Failures: with a flight log, a CommError or TimeoutError ends in what each rank was doing.
+// Failures: with a flight log, a CommError or TimeoutError ends with what each rank was doing.
 // Traffic:  what the backend's algorithm sends and receives, by peer, split by node; see Traffic.
 //
 // Thread safety: one thread at a time.
@@ -100,7 +100,7 @@ class Communicator {
   // Cost:     sent and received: 2 * (size - 1) * ceil(numel / size) elements.
   void all_reduce(const at::Tensor& tensor, Stream& stream, std::string_view unit = {});
 
-  // From here on operations are logged. Before the first one.
+  // Logs operations. To be called before the first one.
   void set_flight_log(std::shared_ptr<FlightLog> log) { log_ = std::move(log); }
 
   // For callers that have no stream: on a CPU the calling thread, on a device torch's current
@@ -109,15 +109,15 @@ class Communicator {
     return make_inline_stream();
   }
 
-  // Lets go of the tensors of operations that are over, which a later call would do.
+  // Releases the tensors of finished operations now instead of at the next call.
   virtual void release_finished() {}
 
-  // Memory [nbytes], bytes, of the kind that the backend moves best; undefined where torch's own is
-  // as good. It outlives the communicator.
+  // Memory [nbytes], bytes, of the kind that the backend moves fastest; undefined where torch's own
+  // is as fast. It may outlive the communicator.
   [[nodiscard]] virtual at::Tensor allocate(int64_t /*nbytes*/) { return {}; }
-  // Prepares the backend for operations within `memory`, which allocate() gave, until the handle
-  // that it returns goes; null where there is nothing to prepare. Every member calls it, with
-  // memory of the same size, and nothing may be under way then, nor when the handle goes.
+  // Registers `memory`, which allocate() gave, with the backend until the returned handle is
+  // destroyed; null where nothing is registered. Every member calls it, with memory of the same
+  // size. Nothing may be in flight at the call, nor when the handle is destroyed.
   [[nodiscard]] virtual std::shared_ptr<void> register_memory(const at::Tensor& /*memory*/) {
     return nullptr;
   }
@@ -152,11 +152,11 @@ class Communicator {
   [[nodiscard]] virtual Route gather_route() const = 0;
   [[nodiscard]] virtual Route reduce_route() const { return Route::kDirect; }
 
-  // Refuses tensors that the backend cannot carry: throws InvalidArgument.
+  // Throws InvalidArgument for tensors that the backend cannot carry.
   virtual void check_tensor(const at::Tensor& /*tensor*/) const {}
 
-  // Queues `work`, which calls one of the above, and logs it; what it throws gets the log's report.
-  // Here it is logged where it runs; backends whose work only launches do it in their own way.
+  // Queues `work`, which calls one of the above, and logs it; the log's report is added to what it
+  // throws. The base logs it where it runs; a backend whose work only launches overrides this.
   virtual void submit(Stream& stream, std::string_view op, std::string_view unit, int64_t nbytes,
                       std::function<void()> work);
   // May be null.

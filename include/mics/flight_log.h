@@ -5,9 +5,9 @@
 //   start(id)   where it runs
 //   finish(id) or fail(id)
 //
-// A group is a communicator: its operations run in the order of issue, so two numbers say how far
-// it has come. The log holds the last `capacity` operations; it allocates nothing once names have
-// been seen.
+// A group is a communicator: its operations run in the order of issue, so the numbers of issued and
+// finished ones are its progress. The log holds the last `capacity` operations. It allocates only
+// for names that it has not seen before.
 //
 // Thread safety: any thread.
 #pragma once
@@ -67,7 +67,7 @@ class FlightLog {
   // of all ranks. Later failures of the incident get the same text.
   void set_reporter(std::function<std::string(const FlightLog&)> reporter);
   [[nodiscard]] std::string report_failure();
-  // Ends an incident: the next failure is reported anew. Incidents are told apart by their number,
+  // Ends an incident: the next failure gets a new report. Incidents are told apart by their number,
   // so all ranks call this equally often.
   void begin_incident();
   [[nodiscard]] int64_t incident() const { return incident_; }
@@ -78,7 +78,7 @@ class FlightLog {
     int64_t num_issued = 0;
     int64_t num_finished = 0;
   };
-  // Null when the ring has gone on.
+  // Null when the ring has overwritten it.
   [[nodiscard]] LoggedOperation* find(int64_t id);
 
   mutable std::mutex mutex_;
@@ -100,7 +100,7 @@ class FlightLog {
 [[nodiscard]] std::vector<GroupProgress> decode_progress(const std::string& text);
 
 // What each rank waits for, and who is behind. `ranks[r]` is nullopt when rank r has not answered.
-// Groups of which no rank has an operation under way are left out.
+// Groups without an operation in flight on any rank are left out.
 [[nodiscard]] std::string describe_ranks(
     const std::vector<std::optional<std::vector<GroupProgress>>>& ranks);
 

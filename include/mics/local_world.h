@@ -2,7 +2,7 @@
 //
 // A member reads its peers' tensors directly, so an operation costs no copy beyond the transfer.
 // The inputs of a member must not be written until its own call has returned (inline stream) or its
-// work is done (other streams): a barrier at the end of every operation holds it there.
+// work is done (other streams): every operation ends with a barrier.
 //
 //   LocalWorld world(4, std::chrono::seconds(60));
 //   // on the thread of each rank:
@@ -30,7 +30,7 @@ class LocalWorld {
   LocalWorld(int world_size, std::chrono::milliseconds timeout);
   ~LocalWorld();
 
-  // Called by each member of the group on its own thread. Members meet by `group.name` and ranks.
+  // Called by each member of the group on its own thread. Members find each other by `group.name` and ranks.
   [[nodiscard]] std::unique_ptr<Communicator> make_communicator(GroupInfo group);
 
  private:

@@ -1,20 +1,20 @@
 // NcclWorld: this rank's NCCL communicators and CUDA streams, and the watchdog over them. The
 // production backend.
 //
-//   auto world = NcclWorld::create(store, options);             on every rank, after the device is
-//   set auto gather = world->make_communicator(group);              every member of the group, same
-//   order auto stream = world->make_stream(/*high_priority=*/true); gather->all_gather(output,
-//   input, *stream);                 launched; the host goes on world->close(); every rank, before
-//   the process ends
+//   auto world = NcclWorld::create(store, options);    // on every rank, once the device is set
+//   auto gather = world->make_communicator(group);     // on every member, in the same order
+//   auto stream = world->make_stream(/*high_priority=*/true);
+//   gather->all_gather(output, input, *stream);        // launched; the host does not wait
+//   world->close(patience);                            // on every rank, before the process ends
 //
 // Launches: an operation is launched on the stream by the calling thread, one NCCL group for all
-// its pairs. All ranks launch in the same order over all communicators, so at most
-// `max_in_flight` of them are under way: an edge by event, never a wait of the host.
+// its pairs. All ranks launch in the same order over all communicators. At most `max_in_flight` are
+// in flight, kept by events between streams; the host never waits.
 // Sums: of NCCL, whose order depends on its algorithm; everything else is as communicator.h says.
-// Memory: tensors of an operation are let go of by a later call on the same communicator, on the
+// Memory: tensors of an operation are released by a later call on the same communicator, on the
 // calling thread, once the operation is done.
-// Failures: an error of NCCL, or an operation that is late, ends all communicators of the rank, and
-// through the Store those of all ranks. The next launch or wait throws what went wrong, with the
+// Failures: an error of NCCL, or an operation that is overdue, ends all communicators of the rank,
+// and through the Store those of all ranks. The next launch or wait throws what went wrong, with the
 // table of all ranks where there is a flight log. The world cannot be used again.
 //
 // Thread safety: one thread at a time, close() included; the watchdog is a thread of its own.
@@ -56,9 +56,10 @@ struct NcclOptions {
   std::string host;  // names the node; ranks of one node give the same
   // From when its stream reaches an operation until it is done.
   std::chrono::milliseconds timeout{std::chrono::minutes(10)};
-  // From its launch until its stream reaches it, beside operations before it: compute may be long.
+  // From its launch until its stream reaches it, not counting the operations before it: compute on
+  // the stream may take long.
   std::chrono::milliseconds start_timeout{std::chrono::minutes(20)};
-  // For all ranks to come to create(), and all members to make_communicator().
+  // Of the rendezvous in create() and make_communicator().
   std::chrono::milliseconds init_timeout{std::chrono::minutes(10)};
   std::chrono::milliseconds watch_interval{100};
   int max_in_flight = 4;  // operations over all communicators; 0: no limit
@@ -67,7 +68,7 @@ struct NcclOptions {
   // Gathers inside a node may go to copy engines, which leaves all SMs to compute. With windows;
   // the same on all ranks.
   bool copy_engine = false;
-  bool is_blocking = true;  // false: NCCL's non-blocking mode, whose start can be given up
+  bool is_blocking = true;  // false: NCCL's non-blocking mode, whose start can time out
 };
 
 // What is installed; for reports.
@@ -86,10 +87,10 @@ class NcclWorld {
   // With the libraries that torch has loaded. `store` is that of this session alone (a
   // PrefixStore). Every rank calls it. Throws Error when a library, a device or the header at build
   // is missing; InvalidArgument, on every rank, when ranks differ in NCCL's version or in options
-  // that must agree, or share a device; TimeoutError that names the ranks that did not come.
+  // that must agree, or share a device; TimeoutError that names the ranks that did not call it.
   [[nodiscard]] static std::shared_ptr<NcclWorld> create(
       const c10::intrusive_ptr<c10d::Store>& store, const NcclOptions& options);
-  // With these.
+  // With the given libraries; for tests.
   [[nodiscard]] static std::shared_ptr<NcclWorld> create(
       const c10::intrusive_ptr<c10d::Store>& store, const NcclOptions& options,
       std::shared_ptr<CudaApi> cuda, std::shared_ptr<NcclApi> nccl);
@@ -97,9 +98,9 @@ class NcclWorld {
   NcclWorld(const NcclWorld&) = delete;
   NcclWorld& operator=(const NcclWorld&) = delete;
 
-  // Called by each member. Throws TimeoutError that names the members that did not come, CommError.
-  // It works without the world, which only close() needs. Destroying it before close() aborts it.
-  // `only_gathers`: it will carry nothing else, so NcclOptions::copy_engine may be followed.
+  // Every member calls it. Throws TimeoutError that names the members that did not, and CommError.
+  // The communicator may outlive the world. Destroying it before close() aborts it.
+  // `only_gathers`: it carries nothing else, so that NcclOptions::copy_engine can apply.
   [[nodiscard]] virtual std::unique_ptr<Communicator> make_communicator(
       GroupInfo group, bool only_gathers = false) = 0;
   // A stream of torch's pool.
@@ -107,11 +108,12 @@ class NcclWorld {
   // Whatever stream is torch's current one when it is used: the caller's compute.
   [[nodiscard]] virtual std::unique_ptr<Stream> make_current_stream() = 0;
 
-  // Waits for what is under way, `patience` at most, ends all communicators in the order in which
-  // they were made, and stops the watchdog. Throws what has failed, or TimeoutError, after aborting
-  // them. Nothing the second time.
+  // Waits for operations in flight, `patience` at most, closes all communicators in the order in
+  // which they were made, and stops the watchdog. On a failure or a TimeoutError it aborts them and
+  // throws. A second call does nothing.
   virtual void close(std::chrono::milliseconds patience) = 0;
-  // What was asked for and not obtained, and what the environment spoils; for the start-up report.
+  // Options that could not be honoured, and settings of the environment that cost speed; for the
+  // start-up report.
   [[nodiscard]] virtual std::vector<std::string> notes() const = 0;
 
  protected:

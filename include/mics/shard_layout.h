@@ -11,11 +11,9 @@
 // Invariants:
 //  1. A chunk starts at a multiple of `alignment` elements of the shard buffer; so does a region of
 //     the full buffer. Chunks and regions do not overlap and are in parameter order.
-//  2. Region i holds p chunks of q_i elements in rank order, so rows are in natural order and the
-//  full
-//     parameter is the first D_i rows of it: a contiguous view, never copied out.
-//  3. A shard buffer has the same length on every rank: the padding is there even where rows are
-//  not.
+//  2. Region i holds p chunks of q_i elements in rank order, so rows are in natural order. The full
+//     parameter is its first D_i rows: a contiguous view, never copied out.
+//  3. A shard buffer has the same length on every rank, padded where a rank has fewer rows.
 //
 // Pure arithmetic: no torch, no memory is touched.
 #pragma once

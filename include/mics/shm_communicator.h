@@ -8,9 +8,9 @@
 //   member 0 creates the segment, the others attach; the last to attach removes its name, so that
 //   nothing is left in /dev/shm whatever happens later.
 //
-// A peer that has ended is a CommError within about a tenth of a second; one that is stopped or
-// elsewhere is a TimeoutError. Both name the peer's world rank. After an error every member fails,
-// and so does every later call.
+// A peer that has ended gives a CommError within about a tenth of a second; one that is stopped, or
+// in another call, a TimeoutError. Both name the peer's world rank. After an error every member
+// fails, and so does every later call.
 #pragma once
 
 #include <chrono>
@@ -22,7 +22,7 @@
 
 namespace mics {
 
-// What a group of `size` takes of /dev/shm with it: size MiB, and less than 1 KiB per member.
+// With it a group takes 1 MiB of /dev/shm per member, and less than 1 KiB beside.
 inline constexpr int64_t kDefaultShmSlotNbytes = int64_t{1} << 20;
 
 struct ShmOptions {
@@ -40,8 +40,8 @@ class Transport;
 
 // One member's place in a group's segment.
 //
-// All communicators made from it are one total order: they are used on one stream, by one thread at
-// a time, in the same order on every member. Each counts its own traffic.
+// All communicators made from it share one order: they are used on one stream, by one thread at a
+// time, in the same order on every member. Each counts its own traffic.
 class ShmGroup {
  public:
   // Creates or attaches to the segment of `group`. The creator does not wait for the others; a
@@ -49,14 +49,14 @@ class ShmGroup {
   //
   // Throws InvalidArgument when the name or sizes are not legal, the segment is another group's or
   // this member's place is taken; CommError when the system refuses (no space in /dev/shm, no
-  // permission); TimeoutError when the creator did not come.
+  // permission); TimeoutError when the creator has not made it in time.
   ShmGroup(GroupInfo group, const ShmOptions& options);
-  ~ShmGroup();  // the place is left when the communicators are gone too
+  ~ShmGroup();  // the place is free once the communicators are destroyed too
   ShmGroup(const ShmGroup&) = delete;
   ShmGroup& operator=(const ShmGroup&) = delete;
 
   [[nodiscard]] std::unique_ptr<Communicator> make_communicator() const;
-  // True when an operation has failed: then all later ones do. Members learn it at different times.
+  // An operation has failed, so all later ones do. Members see it at different times.
   [[nodiscard]] bool has_failed() const;
 
  private:

@@ -1,9 +1,8 @@
 // Stream and Event: the only way to name an order of execution.
 //
 // A Stream runs what is queued on it in the order of queueing. Two streams are ordered only by
-// events: record an Event on one, wait for it on the other. Nothing else in mics orders work, so a
-// backend that runs streams concurrently shows a missing edge as a wrong result and not by chance
-// as a right one.
+// events: record an Event on one, wait for it on the other. Nothing else in mics orders work, so
+// on a backend that runs streams concurrently a missing edge shows as a wrong result.
 //
 //   gather.enqueue([&] { ... });            right: compute waits for the gather
 //   gather.record(ready);
@@ -55,13 +54,13 @@ class Stream {
   virtual void reset() = 0;
   // True when work failed since the stream was made or reset: later work is dropped.
   [[nodiscard]] virtual bool has_failed() const = 0;
-  // The clock by which the calling thread stands still in wait(). Tests have simulated ones.
+  // The clock that measures how long the calling thread waits in wait(). Simulated in tests.
   [[nodiscard]] virtual std::chrono::steady_clock::time_point now() const {
     return std::chrono::steady_clock::now();
   }
 
-  // What the work queued next reads and writes. Streams that run work ignore it; a recording stream
-  // proves with it that every conflicting pair is ordered.
+  // What the work queued next reads and writes. Streams that run work ignore it; the recording
+  // streams of tests check with it that all conflicting accesses are ordered.
   virtual void note_read(const at::Tensor& /*tensor*/) {}
   virtual void note_write(const at::Tensor& /*tensor*/) {}
 };

@@ -8,8 +8,7 @@
 //                                     chunk i of block[m'] -> rows of node m' in region i
 //   reduce   hop 1  intra (L ranks)   per slot m' and parameter i, as one group:
 //                                     rows of node m' in region i, summed -> chunk i of block[m']
-//            hop 2  rail (N ranks)    one reduce-scatter of the block: slot m is left to rank (m,
-//            l)
+//            hop 2  rail (N ranks)    one reduce-scatter of the block: rank (m, l) gets slot m
 //
 //   p = 4 = 2 nodes x 2 ranks, parameter A of 4 rows        . = not there yet
 //            rank (0,0)   (0,1)     (1,0)     (1,1)
@@ -17,11 +16,11 @@
 //   hop 1    [A0 A2]      [A1 A3]   [A0 A2]   [A1 A3]
 //   hop 2    [A0 A1 A2 A3] in the region of every rank: natural order, nothing is moved again
 //
-// N = 1 is a group inside one node, and also the flat variant of a group over several nodes (L =
-// p): the rail hops vanish and the block is the shard.
+// N = 1 is a group inside one node, and also the flat variant of a group over several nodes (L = p):
+// there are no rail hops, and the block is the shard.
 //
-// The rail hops are one pair of whole buffers. What is computed here are the pairs of the intra
-// hops; a caller keeps them while the buffers stay where they are.
+// A rail hop is one pair of whole buffers. The functions here make the pairs of the intra hops; they
+// are valid as long as the buffers stay where they are.
 //
 // Cost per rank, in elements, with Q = layout.payload_numel():
 //   gather and reduce   rail (N-1)*S   intra N*(L-1)*Q       flat: (p-1)*Q

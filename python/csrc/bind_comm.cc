@@ -7,11 +7,11 @@
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
 #include "bindings.h"
+#include "comm/c10d/store_reports.h"
 #include "mics/c10d_communicator.h"
 #include "mics/communicator.h"
 #include "mics/local_world.h"
 #include "mics/shm_communicator.h"
-#include "mics/store_reports.h"
 
 namespace py = pybind11;
 

@@ -1,12 +1,12 @@
 #include <pybind11/stl.h>
 
 #include "bindings.h"
-#include "mics/cost_model.h"
-#include "mics/measured_table.h"
-#include "mics/memory_model.h"
-#include "mics/planner.h"
-#include "mics/step_model.h"
-#include "mics/workload.h"
+#include "mics/model/cost_model.h"
+#include "mics/model/measured_table.h"
+#include "mics/model/memory_model.h"
+#include "mics/model/planner.h"
+#include "mics/model/step_model.h"
+#include "mics/model/workload.h"
 
 namespace py = pybind11;
 

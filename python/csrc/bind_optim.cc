@@ -6,7 +6,7 @@
 
 #include "bindings.h"
 #include "mics/flat_optimizer.h"
-#include "mics/neighbours.h"
+#include "optim/neighbours.h"
 
 namespace py = pybind11;
 

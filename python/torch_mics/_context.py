@@ -120,7 +120,7 @@ class Context:
                 continue
             unit.make_handle(
                 self.communicators[unit.groups.variant(unit.hierarchical)],
-                is_outer=any(
+                has_nested_units=any(
                     inner.modules != unit.modules for m in unit.modules for inner in units_of(m)
                 ),
             )
@@ -135,8 +135,10 @@ class Context:
         )
         for other in older:
             self.engine.adopt(other.engine, [unit.index for unit in other.units])
-        self.engine.set_hook_check(functools.partial(_check_hooks, weakref.ref(self)))
-        self.engine.set_refresh(functools.partial(_follow_requires_grad, weakref.ref(self)))
+        self.engine.set_callbacks(
+            refresh=functools.partial(_follow_requires_grad, weakref.ref(self)),
+            check_hooks=functools.partial(_check_hooks, weakref.ref(self)),
+        )
         self.push_settings()
         self.push_prefetch()
         for unit in self.units:
@@ -149,8 +151,8 @@ class Context:
             return [other.index for other in units if other.context is self]
 
         for unit in self.units:
-            self.engine.set_forward_prefetch(unit.index, indices(unit.forward_prefetch))
-            self.engine.set_backward_prefetch(unit.index, indices(unit.backward_prefetch))
+            self.engine.set_prefetch(_C.Phase.FORWARD, unit.index, indices(unit.forward_prefetch))
+            self.engine.set_prefetch(_C.Phase.BACKWARD, unit.index, indices(unit.backward_prefetch))
 
     def refresh(self) -> None:
         """Follows parameters that were frozen or unfrozen since. Before an outermost forward."""

@@ -71,7 +71,7 @@ def _before_step(
 def _check_accumulation(optimizer: torch.optim.Optimizer) -> None:
     for unit in _units_of(optimizer):
         handle = unit.handle
-        if handle is not None and (handle.has_pending or handle.has_full_gradient):
+        if handle is not None and (handle.has_accumulated or handle.has_full_gradient):
             assert unit.context is not None
             names = ", ".join(f'"{name}"' for name in unit.context.engine.unfinished_units())
             raise RuntimeError(

@@ -186,8 +186,8 @@ def exposed(model: nn.Module) -> dict[str, dict[str, float]]:
     """
     return {
         unit.name: {
-            "gather": context.engine.exposed_gather(unit.index).total_seconds(),
-            "reduce": context.engine.exposed_reduce(unit.index).total_seconds(),
+            "gather": context.engine.exposed(unit.index).gather.total_seconds(),
+            "reduce": context.engine.exposed(unit.index).reduce.total_seconds(),
         }
         for context in contexts_of(sharded_module(model, "exposed"))
         for unit in context.units

@@ -287,12 +287,12 @@ class ShardedUnit:
         for place in parameter.places:
             place.module._parameters[place.name] = sharded
 
-    def make_handle(self, communicators: Communicators, *, is_outer: bool) -> None:
+    def make_handle(self, communicators: Communicators, *, has_nested_units: bool) -> None:
         """Makes the C++ unit: gradient buffer, full parameters and their exchange.
 
         Args:
             communicators: where its collectives run.
-            is_outer: other units run inside its forward.
+            has_nested_units: other units run inside its forward.
         """
         self.has_gradient = [parameter.sharded.requires_grad for parameter in self.parameters]
         gradient, wrapped = self._make_gradients()
@@ -314,21 +314,21 @@ class ShardedUnit:
             parameter_dtype=self.parameter_dtype,
             reduce_dtype=self.reduce_dtype,
             partition_size=self.groups.topology.partition_size,
-            is_outer=is_outer,
+            has_nested_units=has_nested_units,
             gather_rail=communicators.gather_rail,
             gather_intra=communicators.gather_intra,
             reduce_rail=communicators.reduce_rail,
             reduce_intra=communicators.reduce_intra,
             replicate=communicators.replicate,
         )
-        exchange = _C.ParameterExchange()
+        registration = _C.ParameterRegistration()
         full_parameters = []
         for view, parameter in zip(handle.full_views(), self.parameters, strict=True):
             full = nn.Parameter(view, requires_grad=parameter.sharded.requires_grad)
             _copy_marks(parameter.marks, full)
             full_parameters.append(full)
             for place in parameter.places:
-                exchange.add(
+                registration.add(
                     place.module._parameters,
                     place.name,
                     sharded=parameter.sharded,
@@ -336,7 +336,7 @@ class ShardedUnit:
                     name=f"{self.name}.{parameter.name}",
                 )
         handle.set_full_parameters(full_parameters)
-        handle.set_exchange(exchange)
+        handle.set_registration(registration)
         if self.gradient_hook is not None:
             handle.set_gradient_hook(self.gradient_hook)
         self.handle = handle
@@ -395,7 +395,7 @@ class ShardedUnit:
     def check_no_accumulation(self) -> None:
         """Raises RuntimeError when gradients wait for their synchronisation."""
         handle = self.handle
-        if handle is not None and (handle.has_pending or handle.has_full_gradient):
+        if handle is not None and (handle.has_accumulated or handle.has_full_gradient):
             raise RuntimeError(
                 "parameters must not be moved or replaced during an accumulation: unit "
                 f'"{self.name}" has gradients that are not synchronised. Finish the step, or call '

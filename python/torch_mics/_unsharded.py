@@ -37,7 +37,7 @@ def unsharded(model: nn.Module, *, writeback: bool = False) -> Iterator[None]:
     for unit in units:
         if unit.handle is None:
             continue
-        if writeback and (unit.handle.has_pending or unit.handle.has_full_gradient):
+        if writeback and (unit.handle.has_accumulated or unit.handle.has_full_gradient):
             raise RuntimeError(
                 "weights must not be written during an accumulation: unit "
                 f'"{unit.name}" has gradients that are not synchronised.'

@@ -4,7 +4,7 @@
 #include <sstream>
 #include <utility>
 
-#include "mics/check.h"
+#include "plan/check.h"
 
 namespace mics {
 

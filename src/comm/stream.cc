@@ -9,7 +9,7 @@
 #include <thread>
 #include <utility>
 
-#include "mics/check.h"
+#include "plan/check.h"
 
 namespace mics {
 

@@ -14,8 +14,8 @@
 #include <cmath>
 #include <initializer_list>
 
-#include "mics/check.h"
 #include "mics/error.h"
+#include "plan/check.h"
 
 namespace mics {
 

@@ -1,9 +1,9 @@
-#include "mics/neighbours.h"
+#include "optim/neighbours.h"
 
 #include <algorithm>
 #include <unordered_map>
 
-#include "mics/storage_part.h"
+#include "optim/storage_part.h"
 
 namespace mics {
 

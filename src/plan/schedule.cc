@@ -1,8 +1,8 @@
-#include "mics/schedule.h"
+#include "plan/schedule.h"
 
 #include <algorithm>
 
-#include "mics/check.h"
+#include "plan/check.h"
 
 namespace mics {
 

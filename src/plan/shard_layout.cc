@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "mics/check.h"
+#include "plan/check.h"
 
 namespace mics {
 

@@ -4,7 +4,7 @@
 #include <map>
 #include <sstream>
 
-#include "mics/check.h"
+#include "plan/check.h"
 
 namespace mics {
 

@@ -1,4 +1,4 @@
-#include "mics/boundary_agreement.h"
+#include "runtime/boundary_agreement.h"
 
 #include <ATen/ops/empty.h>
 
@@ -28,7 +28,7 @@ BoundaryAgreement::BoundaryAgreement(const std::vector<std::shared_ptr<Unit>>& u
 int64_t BoundaryAgreement::numel() const {
   if (control_ == nullptr) return 0;
   int64_t numel = kNumWords;
-  for (const std::shared_ptr<Unit>& unit : units_) numel += unit->layout().num_parameters();
+  for (const std::shared_ptr<Unit>& unit : units_) numel += unit->parameters().size();
   return numel;
 }
 

@@ -1,23 +1,27 @@
 #include "mics/engine.h"
 
 #include <c10/core/GradMode.h>
-#include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/graph_task.h>
 
 #include <algorithm>
-#include <span>
+#include <optional>
+#include <string>
 #include <utility>
 
-#include "mics/check.h"
-#include "mics/error.h"
+#include "plan/check.h"
+#include "plan/schedule.h"
+#include "runtime/boundary_agreement.h"
+#include "runtime/gather_pipeline.h"
+#include "runtime/open_forwards.h"
+#include "runtime/prefetcher.h"
+#include "runtime/reduce_pipeline.h"
+#include "runtime/runtime_memory.h"
+#include "runtime/step_digest.h"
 
 namespace mics {
 
 namespace {
-
-// Units that need no gather and are passed over when looking ahead: bounds the host's work.
-constexpr int kMaxPassedOver = 8;
 
 bool is_inside_autograd() { return torch::autograd::get_current_graph_task_id() != -1; }
 
@@ -35,38 +39,18 @@ std::shared_ptr<Engine> Engine::create(std::vector<std::shared_ptr<Unit>> units,
   return engine;
 }
 
-void Engine::adopt(Engine& older, const std::vector<int>& units) {
-  MICS_INTERNAL_CHECK(older.forward_depth_ == 0 && older.backward_alive_.expired(),
-                      "an engine that runs cannot be adopted.");
-  for (int unit = 0; unit < older.num_units(); ++unit) older.reduces_.settle(unit);
-  older.drop_memory();
-  schedule_.adopt(older.schedule_, units);
-  for (const std::shared_ptr<Route>& route : older.routes_) {
-    route->engine = weak_from_this();
-    for (int& unit : route->units) unit = units[static_cast<size_t>(unit)];
-    routes_.push_back(route);
-  }
-  for (size_t i = 0; i < units.size(); ++i) {
-    opaque_[static_cast<size_t>(units[i])] = std::exchange(older.opaque_[i], std::nullopt);
-  }
-}
-
 Engine::Engine(std::vector<std::shared_ptr<Unit>> units, Communicator* control,
                std::shared_ptr<RuntimeStreams> streams, Depths depths)
     : units_(std::move(units)),
-      depths_(depths),
       streams_(std::move(streams)),
-      schedule_(static_cast<int>(units_.size())),
-      gathers_(units_, *streams_, digest_),
-      reduces_(units_, depths_, *streams_, digest_),
-      agreement_(units_, control, *streams_, digest_),
-      orders_(static_cast<int>(units_.size())),
-      forward_prefetch_(units_.size()),
-      backward_prefetch_(units_.size()),
-      open_calls_(units_.size()),
-      opaque_(units_.size()) {
-  upcoming_.reserve(static_cast<size_t>(std::max(depths_.intra, depths_.rail)));
-}
+      depths_(depths),
+      schedule_(std::make_unique<Schedule>(num_units())),
+      digest_(std::make_unique<StepDigest>()),
+      gathers_(std::make_unique<GatherPipeline>(units_, *streams_, *digest_)),
+      prefetcher_(std::make_unique<Prefetcher>(units_, *gathers_, depths_)),
+      reduces_(std::make_unique<ReducePipeline>(units_, depths_, *streams_, *digest_)),
+      agreement_(std::make_unique<BoundaryAgreement>(units_, control, *streams_, *digest_)),
+      forwards_(std::make_unique<OpenForwards>(units_.size())) {}
 
 // Queued work uses the communicators.
 Engine::~Engine() {
@@ -78,22 +62,14 @@ Engine::~Engine() {
   }
 }
 
-Engine::MemoryKey Engine::memory_key() const {
-  MemoryKey key;
-  for (const std::shared_ptr<Unit>& unit : units_) {
-    key.push_back({unit->keeps_full(), unit->keeps_block(), unit->accumulates_block(),
-                   unit->gradient_layout().shard_numel()});
-  }
-  return key;
-}
+// --- memory ---
 
 void Engine::plan_memory() {
   if (memory_ != nullptr) return;
   memory_ =
-      std::make_unique<RuntimeMemory>(units_, depths_, *streams_->compute, agreement_.numel());
-  memory_key_ = memory_key();
-  gathers_.set_memory(memory_.get());
-  reduces_.set_memory(memory_.get());
+      std::make_unique<RuntimeMemory>(units_, depths_, *streams_->compute, agreement_->numel());
+  gathers_->set_memory(memory_.get());
+  reduces_->set_memory(memory_.get());
 }
 
 // Where all ranks are, as the memory may have to be registered.
@@ -103,13 +79,13 @@ void Engine::ensure_memory() {
     for (Stream* stream : streams_->communication()) stream->synchronize();
     memory_->register_with(units_);
   }
-  gathers_.order_after_shard_writes();
+  gathers_->order_after_shard_writes();
 }
 
 // Where the settings have changed since it was planned, and nothing is in it.
 void Engine::drop_changed_memory() {
-  if (memory_ != nullptr && !gathers_.holds_any() && !reduces_.holds_block() &&
-      memory_key() != memory_key_) {
+  if (memory_ != nullptr && !gathers_->is_any_in_use() && !reduces_->holds_block() &&
+      !memory_->is_planned_for(units_)) {
     drop_memory();
   }
 }
@@ -117,22 +93,35 @@ void Engine::drop_changed_memory() {
 // Only while no module holds full parameters and no gradient block holds a sum.
 void Engine::drop_memory() {
   for (Stream* stream : streams_->communication()) stream->synchronize();
-  gathers_.reset();
+  gathers_->reset();
   free_memory();
 }
 
 // The streams are empty, but communicators hold what their last operations worked in.
 void Engine::free_memory() {
   for (Communicator* communicator : hop_communicators(units_)) communicator->release_finished();
-  agreement_.release_finished();
+  agreement_->release_finished();
   memory_ = nullptr;
 }
 
+void Engine::check_between_steps(const char* rule) const {
+  MICS_CHECK(!gathers_->is_any_in_use() && unfinished_units(units_).empty(), rule,
+             " only between steps: a unit is unsharded, or an accumulation is under way. Call "
+             "reshard(), finish the step, or call reset().");
+}
+
 void Engine::release_memory() {
-  MICS_CHECK(!gathers_.holds_any() && unfinished_units().empty(),
-             "memory can only be released between steps: a unit is unsharded, or an accumulation "
-             "is under way. Call reshard(), finish the step, or call reset().");
+  check_between_steps("memory can be released");
   drop_memory();
+}
+
+void Engine::set_depths(const Depths& depths) {
+  check_depths(depths);
+  check_between_steps("prefetch depths can be changed");
+  drop_memory();
+  depths_ = depths;
+  prefetcher_->set_depths(depths);
+  reduces_->set_num_in_flight(depths.reductions);
 }
 
 const RuntimeMemory& Engine::memory() {
@@ -140,119 +129,55 @@ const RuntimeMemory& Engine::memory() {
   return *memory_;
 }
 
-void Engine::begin_phase(PhaseOrders::Kind kind) {
+// --- forward ---
+
+void Engine::begin_phase(Phase phase) {
   // After a forward that records comes its backward; after a backward that is no boundary the next
   // micro-step. A boundary is followed by a write of the shards.
   const auto is_boundary = [](const std::shared_ptr<Unit>& unit) {
-    return unit->settings().reduce_gradients && unit->settings().synchronize_gradients;
+    return unit->settings().is_boundary();
   };
-  orders_.begin(kind, kind == PhaseOrders::Kind::kForward
-                          ? c10::GradMode::is_enabled()
-                          : std::none_of(units_.begin(), units_.end(), is_boundary));
-}
-
-void Engine::end_phase() {
-  if (!orders_.end_uses()) gathers_.drop_unused();
-  if (orders_.looks_past()) start_ahead();
-  orders_.end();
-}
-
-// `unit` needs no gather for its next use: it is full, and will be when its module lets go of it.
-bool Engine::stays_full(int unit) const {
-  if (units_[static_cast<size_t>(unit)]->full_is_shard()) return true;
-  if (!gathers_.is_kept_full(unit)) return false;
-  if (!gathers_.is_held(unit)) return true;
-  const ResidencySettings& residency = units_[static_cast<size_t>(unit)]->settings().residency;
-  return (orders_.is_open(PhaseOrders::Kind::kBackward)
-              ? residency.between_microsteps
-              : residency.after_forward) == Residency::kFull;
-}
-
-// The next `depth` units to gather in the recorded order, as far as it is known.
-const std::vector<int>& Engine::upcoming(int depth) {
-  upcoming_.clear();
-  const auto add = [&](int unit) {
-    if (!stays_full(unit)) upcoming_.push_back(unit);
-    return static_cast<int>(upcoming_.size()) < depth;
-  };
-  for (const int unit : orders_.upcoming(depth + kMaxPassedOver)) {
-    if (!add(unit)) return upcoming_;
-  }
-  // A forward that is no part of an accumulation gathers for itself.
-  if (orders_.is_forward_next() && !is_accumulating()) return upcoming_;
-  for (const int unit : orders_.following(depth + kMaxPassedOver)) {
-    // One that is held now is gathered again first.
-    if (gathers_.is_held(unit) && !stays_full(unit)) break;
-    if (!add(unit)) break;
-  }
-  return upcoming_;
-}
-
-void Engine::use(int unit) {
-  if (!orders_.use(unit)) gathers_.drop_unused();
-  // First what is needed now; then what comes, so that it moves while this one is waited for.
-  MICS_INTERNAL_CHECK(gathers_.start_intra(unit, /*may_grow=*/true), "no memory for a gather.");
-  gather_ahead(unit);
-  gathers_.finish(unit);
-}
-
-void Engine::gather_ahead(int unit) {
-  const std::vector<std::vector<int>>& lists =
-      orders_.is_open(PhaseOrders::Kind::kBackward) ? backward_prefetch_ : forward_prefetch_;
-  const std::vector<int>& explicit_list = lists[static_cast<size_t>(unit)];
-  if (!explicit_list.empty()) {
-    for (const int ahead : explicit_list) start_retained(ahead);
-    return;
-  }
-  start_ahead();
-}
-
-void Engine::start_ahead() {
-  for (const int ahead : upcoming(depths_.intra)) {
-    if (!gathers_.start_intra(ahead, /*may_grow=*/false)) return;
-  }
-  for (const int ahead : upcoming(depths_.rail)) {
-    if (!gathers_.start_rail(ahead, /*may_grow=*/false)) return;
-  }
-}
-
-void Engine::rest(int unit, Residency residency) {
-  // Only inside the phase: the last unit of a forward is gathered again for its backward, as the
-  // byte counts of the plan say.
-  const std::span<const int> next = orders_.upcoming(depths_.intra);
-  if (residency != Residency::kFull && std::find(next.begin(), next.end(), unit) != next.end()) {
-    return gathers_.keep(unit);
-  }
-  gathers_.reshard(unit, residency);
+  prefetcher_->begin(phase, phase == Phase::kForward
+                                ? c10::GradMode::is_enabled()
+                                : std::none_of(units_.begin(), units_.end(), is_boundary));
 }
 
 void Engine::pre_forward(int unit) {
+  const bool is_recomputation = is_inside_autograd();
+  // It may reset the engine, so it comes first.
+  OpenCall open = is_recomputation ? open_recomputation(unit) : open_forward(unit);
+  forwards_->calls(unit).push_back(std::move(open));
+  if (is_recomputation && units_[static_cast<size_t>(unit)]->parameters().is_unsharded()) {
+    gathers_->finish(unit);
+  } else {
+    prefetcher_->use(unit);
+  }
+}
+
+OpenCall Engine::open_forward(int unit) {
+  if (forwards_->depth == 0) begin_forward(unit);
+  ++forwards_->depth;
+  if (!forwards_->tape) forwards_->tape = schedule_->new_tape();
   OpenCall open;
-  open.is_recomputation = is_inside_autograd();
-  if (open.is_recomputation) {
-    begin_backward();
-    open.tape = schedule_.backward_tape() ? schedule_.backward_tape() : recomputation_tape_;
-    if (!open.tape) open.tape = recomputation_tape_ = schedule_.new_tape();
-    if (c10::GradMode::is_enabled()) {
-      std::vector<Action> actions;
-      open.call = schedule_.begin_recomputed_call(
-          *open.tape, unit, torch::autograd::get_current_graph_task_id(), actions);
-      run(actions);
-    }
-  } else {
-    if (forward_depth_ == 0) begin_forward(unit);
-    ++forward_depth_;
-    if (!forward_tape_) forward_tape_ = schedule_.new_tape();
-    open.tape = forward_tape_;
-    if (c10::GradMode::is_enabled()) open.call = schedule_.begin_call(*open.tape, unit);
+  open.tape = forwards_->tape;
+  if (c10::GradMode::is_enabled()) open.call = schedule_->begin_call(*open.tape, unit);
+  return open;
+}
+
+OpenCall Engine::open_recomputation(int unit) {
+  begin_backward();
+  OpenCall open;
+  open.is_recomputation = true;
+  open.tape =
+      schedule_->backward_tape() ? schedule_->backward_tape() : forwards_->recomputation_tape;
+  if (!open.tape) open.tape = forwards_->recomputation_tape = schedule_->new_tape();
+  if (c10::GradMode::is_enabled()) {
+    std::vector<Action> actions;
+    open.call = schedule_->begin_recomputed_call(
+        *open.tape, unit, torch::autograd::get_current_graph_task_id(), actions);
+    run(actions);
   }
-  const bool is_recomputation = open.is_recomputation;
-  open_calls_[static_cast<size_t>(unit)].push_back(std::move(open));
-  if (is_recomputation && units_[static_cast<size_t>(unit)]->is_unsharded()) {
-    gathers_.finish(unit);
-  } else {
-    use(unit);
-  }
+  return open;
 }
 
 // The outermost forward begins.
@@ -262,29 +187,19 @@ void Engine::begin_forward(int unit) {
   if (backward_died() || has_failed()) reset();
   check_hooks();
   drop_changed_memory();
-  gathers_.begin_forward(/*is_new=*/!is_accumulating(), c10::GradMode::is_enabled());
+  gathers_->begin_forward(/*is_new=*/!is_any_accumulating(units_), c10::GradMode::is_enabled());
   ensure_memory();
-  begin_phase(PhaseOrders::Kind::kForward);
-  std::fill(opaque_.begin(), opaque_.end(), std::nullopt);
-  outermost_ = unit;
+  begin_phase(Phase::kForward);
+  forwards_->begin_outermost(unit);
 }
 
 void Engine::check_hooks() const {
-  if (!hook_check_) return;
+  if (!callbacks_.check_hooks) return;
   const bool may_have_any =
-      std::any_of(units_.begin(), units_.end(),
-                  [](const std::shared_ptr<Unit>& unit) { return unit->may_have_hooks(); });
-  if (may_have_any) hook_check_();
-}
-
-// A backward has run that was no boundary, and no boundary since. The same on every rank.
-bool Engine::is_accumulating() const {
-  return std::any_of(units_.begin(), units_.end(),
-                     [](const std::shared_ptr<Unit>& unit) { return unit->is_accumulating(); });
-}
-
-void Engine::note_written(const std::vector<int>& units) {
-  for (const int unit : units) gathers_.note_written(unit);
+      std::any_of(units_.begin(), units_.end(), [](const std::shared_ptr<Unit>& unit) {
+        return unit->parameters().may_have_gradient_hooks();
+      });
+  if (may_have_any) callbacks_.check_hooks();
 }
 
 bool Engine::has_failed() const {
@@ -293,46 +208,9 @@ bool Engine::has_failed() const {
                      [](const Stream* stream) { return stream->has_failed(); });
 }
 
-// Both give the weights as they are now, as the first forward of a step does.
-void Engine::begin_request(int unit) {
-  if (forward_depth_ == 0 && backward_alive_.expired()) {
-    gathers_.forget_request(unit);
-    gathers_.begin_forward(/*is_new=*/!is_accumulating(), /*records=*/false);
-  }
-  ensure_memory();
-}
+bool Engine::is_in_forward() const { return forwards_->depth > 0; }
 
-void Engine::end_request(int unit) {
-  gathers_.request(unit);
-  if (forward_depth_ == 0) gathers_.end_forward();
-}
-
-void Engine::unshard(int unit) {
-  begin_request(unit);
-  gathers_.finish(unit);
-  end_request(unit);
-}
-
-void Engine::prefetch(int unit) {
-  begin_request(unit);
-  start_retained(unit);
-  end_request(unit);
-}
-
-void Engine::start_retained(int unit) {
-  MICS_INTERNAL_CHECK(gathers_.start_intra(unit, /*may_grow=*/true), "no memory for a gather.");
-  gathers_.retain(unit);
-}
-
-void Engine::reshard(int unit) { gathers_.reshard(unit, Residency::kShard); }
-
-void Engine::set_forward_prefetch(int unit, std::vector<int> ahead) {
-  forward_prefetch_[static_cast<size_t>(unit)] = std::move(ahead);
-}
-
-void Engine::set_backward_prefetch(int unit, std::vector<int> ahead) {
-  backward_prefetch_[static_cast<size_t>(unit)] = std::move(ahead);
-}
+bool Engine::is_outermost() const { return forwards_->depth == 1 && !is_inside_autograd(); }
 
 void Engine::watch(OpenCall& open, int unit, const std::vector<at::Tensor>& outputs) {
   open.is_opaque = outputs.empty();
@@ -348,14 +226,12 @@ void Engine::watch(OpenCall& open, int unit, const std::vector<at::Tensor>& outp
   }
 }
 
-bool Engine::is_outermost() const { return forward_depth_ == 1 && !is_inside_autograd(); }
-
 void Engine::watch_outputs(int unit, const std::vector<at::Tensor>& outputs) {
-  std::vector<OpenCall>& calls = open_calls_[static_cast<size_t>(unit)];
+  std::vector<OpenCall>& calls = forwards_->calls(unit);
   if (calls.empty()) return;
   if (is_outermost()) {
-    for (const int lent : lent_) {
-      OpenCall& open = open_calls_[static_cast<size_t>(lent)].front();
+    for (const int lent : forwards_->lent) {
+      OpenCall& open = forwards_->calls(lent).front();
       if (open.call >= 0) watch(open, lent, outputs);
     }
   }
@@ -363,75 +239,120 @@ void Engine::watch_outputs(int unit, const std::vector<at::Tensor>& outputs) {
 }
 
 void Engine::lend(int unit, bool is_group) {
+  Unit& lent = this->unit(unit);
   if (is_inside_autograd()) {
     // A recomputation: the forward that it repeats has lent the unit too.
-    if (backward_alive_.expired() || units_[static_cast<size_t>(unit)]->is_unsharded()) return;
-    use(unit);
-    return schedule_.note_late_use(unit);
+    if (backward_alive_.expired() || lent.parameters().is_unsharded()) return;
+    prefetcher_->use(unit);
+    return schedule_->note_late_use(unit);
   }
-  std::vector<OpenCall>& calls = open_calls_[static_cast<size_t>(unit)];
-  if (forward_depth_ == 0 || unit == outermost_ || (!calls.empty() && !is_group)) return;
-  if (std::find(lent_.begin(), lent_.end(), unit) != lent_.end()) return;
+  std::vector<OpenCall>& calls = forwards_->calls(unit);
+  if (!is_in_forward() || unit == forwards_->outermost || (!calls.empty() && !is_group)) return;
+  if (forwards_->is_lent(unit)) return;
   OpenCall open;
-  open.tape = forward_tape_;
-  if (c10::GradMode::is_enabled()) open.call = schedule_.begin_lent_call(*forward_tape_, unit);
+  open.tape = forwards_->tape;
+  if (c10::GradMode::is_enabled()) open.call = schedule_->begin_lent_call(*open.tape, unit);
   // It ends after all others.
   calls.insert(calls.begin(), std::move(open));
-  lent_.push_back(unit);
-  units_[static_cast<size_t>(unit)]->set_lent();
-  use(unit);
+  forwards_->lent.push_back(unit);
+  lent.set_lent();
+  prefetcher_->use(unit);
+}
+
+// Lets backward of a call without outputs start at the first gradient of a full parameter.
+void Engine::watch_gradients(const OpenCall& opaque, int unit) {
+  forwards_->opaque(unit) = opaque;
+  this->unit(unit).gradients().watch([route = routes_.front(), unit] {
+    const std::shared_ptr<Engine> engine = route->engine.lock();
+    if (!engine) return;
+    const int there = route->units[static_cast<size_t>(unit)];
+    if (auto& last = engine->forwards_->opaque(there)) {
+      engine->enter_backward(*std::exchange(last, std::nullopt), there);
+    }
+  });
 }
 
 // Ends the innermost call that is open.
 void Engine::end_call(int unit, bool failed) {
-  std::vector<OpenCall>& calls = open_calls_[static_cast<size_t>(unit)];
+  std::vector<OpenCall>& calls = forwards_->calls(unit);
   const OpenCall open = std::move(calls.back());
   calls.pop_back();
   const bool is_opaque = open.is_opaque && !failed;
   if (open.call >= 0) {
     if ((open.is_watched || is_opaque) && !failed) {
-      schedule_.end_call(*open.tape, open.call, unit);
+      schedule_->end_call(*open.tape, open.call, unit);
     } else {
-      schedule_.cancel_call(*open.tape, open.call);
+      schedule_->cancel_call(*open.tape, open.call);
     }
   }
-  if (is_opaque && !open.is_recomputation) {
-    opaque_[static_cast<size_t>(unit)] = open;
-    units_[static_cast<size_t>(unit)]->watch_gradients([route = routes_.front(), unit] {
-      const std::shared_ptr<Engine> engine = route->engine.lock();
-      if (!engine) return;
-      const int there = route->units[static_cast<size_t>(unit)];
-      if (auto& last = engine->opaque_[static_cast<size_t>(there)]) {
-        engine->enter_backward(*std::exchange(last, std::nullopt), there);
-      }
-    });
-  }
+  if (is_opaque && !open.is_recomputation) watch_gradients(open, unit);
   // Inside backward the schedule alone reshards: the recomputed forward's backward is still to
   // come.
   if (open.is_recomputation || !calls.empty()) return;
-  const ResidencySettings& residency = units_[static_cast<size_t>(unit)]->settings().residency;
-  const Residency after = is_opaque && open.call >= 0 ? Residency::kFull : residency.after_forward;
-  rest(unit, failed ? Residency::kShard : after);
+  const Residency after = is_opaque && open.call >= 0
+                              ? Residency::kFull
+                              : this->unit(unit).settings().residency.after_forward;
+  prefetcher_->rest(unit, failed ? Residency::kShard : after);
 }
 
 void Engine::post_forward(int unit, bool failed) {
-  std::vector<OpenCall>& calls = open_calls_[static_cast<size_t>(unit)];
+  std::vector<OpenCall>& calls = forwards_->calls(unit);
   if (calls.empty()) return;
   const bool is_recomputation = calls.back().is_recomputation;
   if (!is_recomputation && is_outermost()) {
-    for (const int lent : std::exchange(lent_, {})) end_call(lent, failed);
+    for (const int lent : std::exchange(forwards_->lent, {})) end_call(lent, failed);
   }
   end_call(unit, failed);
   if (is_recomputation) return;
-  // The last one of the forward: what its backward needs first can move beside the loss.
-  if (!failed && forward_depth_ > 1 && orders_.upcoming(1).empty()) start_ahead();
-  if (--forward_depth_ == 0) {
-    forward_tape_ = nullptr;
+  // What its backward needs first can move beside the loss.
+  if (!failed && forwards_->depth > 1) prefetcher_->look_past_forward();
+  if (--forwards_->depth == 0) {
+    forwards_->tape = nullptr;
     // What is started ahead now is a backward's.
-    gathers_.end_forward();
-    end_phase();
+    gathers_->end_forward();
+    prefetcher_->end();
   }
 }
+
+// --- explicit gathers ---
+
+// An explicit gather gives the weights as they are now, as the first forward of a step does.
+void Engine::begin_request(int unit) {
+  if (!is_in_forward() && backward_alive_.expired()) {
+    gathers_->forget_request(unit);
+    gathers_->begin_forward(/*is_new=*/!is_any_accumulating(units_), /*records=*/false);
+  }
+  ensure_memory();
+}
+
+void Engine::end_request(int unit) {
+  gathers_->request(unit);
+  if (!is_in_forward()) gathers_->end_forward();
+}
+
+void Engine::unshard(int unit) {
+  begin_request(unit);
+  gathers_->finish(unit);
+  end_request(unit);
+}
+
+void Engine::prefetch(int unit) {
+  begin_request(unit);
+  prefetcher_->prefetch(unit);
+  end_request(unit);
+}
+
+void Engine::reshard(int unit) { gathers_->reshard(unit, Residency::kShard); }
+
+void Engine::set_prefetch(Phase phase, int unit, std::vector<int> ahead) {
+  prefetcher_->set_list(phase, unit, std::move(ahead));
+}
+
+void Engine::note_written(const std::vector<int>& units) {
+  for (const int unit : units) gathers_->note_written(unit);
+}
+
+// --- backward ---
 
 bool Engine::backward_died() const {
   return backward_started_ && backward_alive_.expired() && !manual_finalization_;
@@ -442,14 +363,14 @@ void Engine::begin_backward() {
   if (backward_died()) {
     // No forward came between: only what the dead backward left is dropped.
     reset_pipelines();
-    (void)schedule_.finish_backward();
+    (void)schedule_->finish_backward();
   }
-  if (refresh_ && !matches_requires_grad()) {
-    refresh_();
+  if (callbacks_.refresh && !match_requires_grad(units_)) {
+    callbacks_.refresh();
     drop_changed_memory();
   }
   ensure_memory();
-  begin_phase(PhaseOrders::Kind::kBackward);
+  begin_phase(Phase::kBackward);
   const auto alive = std::make_shared<int>(0);
   backward_alive_ = alive;
   backward_started_ = true;
@@ -462,31 +383,31 @@ void Engine::begin_backward() {
 
 void Engine::enter_backward(const OpenCall& entered, int unit) {
   begin_backward();
-  run(schedule_.enter_backward(entered.tape, entered.call, unit,
-                               torch::autograd::get_current_graph_task_id()));
+  run(schedule_->enter_backward(entered.tape, entered.call, unit,
+                                torch::autograd::get_current_graph_task_id()));
 }
 
 void Engine::run(const std::vector<Action>& actions) {
   for (const Action& action : actions) {
-    const Unit& unit = *units_[static_cast<size_t>(action.unit)];
+    const UnitSettings& settings = unit(action.unit).settings();
     switch (action.kind) {
       case ActionKind::kGather:
-        if (unit.settings().unshard_in_backward) {
-          use(action.unit);
+        if (settings.unshard_in_backward) {
+          prefetcher_->use(action.unit);
         } else {
-          gather_ahead(action.unit);
+          prefetcher_->pass(action.unit);
         }
         break;
       case ActionKind::kGatherAgain:
-        if (unit.settings().unshard_in_backward) gathers_.finish(action.unit);
+        if (settings.unshard_in_backward) gathers_->finish(action.unit);
         break;
       case ActionKind::kReduce:
         reduce(action.unit);
         break;
       case ActionKind::kReshard:
         // One that this backward has not gathered may have been for what comes next.
-        if (unit.settings().unshard_in_backward || !gathers_.is_started_ahead(action.unit)) {
-          rest(action.unit, unit.settings().residency.between_microsteps);
+        if (settings.unshard_in_backward || !gathers_->is_started(action.unit)) {
+          prefetcher_->rest(action.unit, settings.residency.between_microsteps);
         }
         break;
     }
@@ -494,105 +415,113 @@ void Engine::run(const std::vector<Action>& actions) {
 }
 
 void Engine::reduce(int index) {
-  Unit& unit = *units_[static_cast<size_t>(index)];
-  if (!unit.settings().reduce_gradients) return unit.defer_reduce();
-  reduces_.reduce(index);
-  if (unit.settings().synchronize_gradients) reduces_.synchronize(index);
+  const UnitSettings& settings = unit(index).settings();
+  if (!settings.reduce_gradients) return unit(index).gradients().defer();
+  reduces_->reduce(index);
+  if (settings.synchronize_gradients) reduces_->synchronize(index);
 }
 
 void Engine::finish_backward() {
   ensure_memory();
-  run(schedule_.finish_backward());
-  if (orders_.is_open(PhaseOrders::Kind::kBackward)) end_phase();
-  recomputation_tape_ = nullptr;
+  run(schedule_->finish_backward());
+  if (prefetcher_->is_open(Phase::kBackward)) prefetcher_->end();
+  forwards_->recomputation_tape = nullptr;
   backward_started_ = false;
-  synchronize_pending();
-  reduces_.free_gradients();
+  synchronize_boundary();
+  reduces_->free_gradients();
 }
 
 // At a boundary: hop 2 for units that this backward did not touch but earlier micro-steps did, then
 // makes the gradients visible.
-void Engine::synchronize_pending() {
+void Engine::synchronize_boundary() {
   std::vector<int> finished;
   std::vector<bool> used;
   for (int index = num_units() - 1; index >= 0; --index) {
-    Unit& synchronized = unit(index);
-    const UnitSettings& settings = synchronized.settings();
-    if (!settings.reduce_gradients || !settings.synchronize_gradients) continue;
-    if (synchronized.is_deferred()) reduces_.reduce(index);
-    reduces_.synchronize(index);
-    if (!synchronized.hidden().defined()) continue;
+    if (!unit(index).settings().is_boundary()) continue;
+    const UnitGradients& gradients = unit(index).gradients();
+    if (gradients.is_deferred()) reduces_->reduce(index);
+    reduces_->synchronize(index);
+    if (!gradients.synchronized().defined()) continue;
     finished.push_back(index);
-    used.insert(used.end(), synchronized.used().begin(), synchronized.used().end());
+    used.insert(used.end(), gradients.used().begin(), gradients.used().end());
   }
   if (finished.empty()) return;
   // A parameter that no rank used keeps `.grad` None, as in one process; one that some rank used
   // has a gradient on all. One small reduction tells.
-  used = agreement_.sum(used, memory_->flags());
-  for (const int index : finished) reduces_.wait(index);
-  agreement_.check(memory_->flags());
-  gathers_.note_boundary();
+  used = agreement_->sum(used, memory_->flags());
+  for (const int index : finished) reduces_->wait(index);
+  agreement_->check(memory_->flags());
+  gathers_->note_boundary();
   check_hooks();
+  publish_gradients(finished, used);
+}
+
+// `used`: one flag for each trainable parameter of the `finished` units.
+void Engine::publish_gradients(const std::vector<int>& finished, const std::vector<bool>& used) {
   std::vector<std::vector<bool>> used_by_unit;
   auto flag = used.begin();
   for (const int index : finished) {
-    const auto last = flag + unit(index).num_trainable();
+    const auto last = flag + unit(index).gradients().num_trainable();
     used_by_unit.emplace_back(flag, last);
-    unit(index).expose(used_by_unit.back());
+    unit(index).gradients().publish(used_by_unit.back());
     flag = last;
   }
   // Hooks see all gradients, and may step an optimizer.
   for (size_t i = 0; i < finished.size(); ++i) {
-    unit(finished[i]).run_gradient_hooks(used_by_unit[i]);
+    unit(finished[i]).gradients().run_hooks(used_by_unit[i]);
   }
 }
 
-std::vector<std::string> Engine::unfinished_units() const {
-  std::vector<std::string> names;
-  for (const std::shared_ptr<Unit>& unit : units_) {
-    if (unit->has_pending() || unit->hidden().defined() || unit->has_full_gradient()) {
-      names.push_back(unit->name());
-    }
-  }
-  return names;
-}
-
-bool Engine::matches_requires_grad() const {
-  return std::all_of(units_.begin(), units_.end(), [](const std::shared_ptr<Unit>& unit) {
-    return unit->matches_requires_grad();
-  });
-}
+// --- between steps ---
 
 void Engine::change_trainable(int unit, const std::vector<at::Tensor>& gradients,
                               at::Tensor gradient) {
-  reduces_.settle(unit);
-  units_[static_cast<size_t>(unit)]->change_trainable(gradients, std::move(gradient));
+  reduces_->settle(unit);
+  this->unit(unit).gradients().change_trainable(gradients, std::move(gradient));
 }
 
-void Engine::drop_gradients(int unit) { reduces_.drop(unit); }
+void Engine::adopt(Engine& older, const std::vector<int>& units) {
+  MICS_INTERNAL_CHECK(!older.is_in_forward() && older.backward_alive_.expired(),
+                      "an engine that runs cannot be adopted.");
+  for (int unit = 0; unit < older.num_units(); ++unit) older.reduces_->settle(unit);
+  older.drop_memory();
+  schedule_->adopt(*older.schedule_, units);
+  for (const std::shared_ptr<Route>& route : older.routes_) {
+    route->engine = weak_from_this();
+    for (int& unit : route->units) unit = units[static_cast<size_t>(unit)];
+    routes_.push_back(route);
+  }
+  for (int unit = 0; unit < older.num_units(); ++unit) {
+    forwards_->opaque(units[static_cast<size_t>(unit)]) =
+        std::exchange(older.forwards_->opaque(unit), std::nullopt);
+  }
+}
+
+void Engine::drop_gradients(int unit) { reduces_->drop(unit); }
 
 void Engine::reset_pipelines() {
   for (Stream* stream : streams_->communication()) stream->reset();
-  gathers_.reset();
-  reduces_.reset();
-  agreement_.reset();
+  gathers_->reset();
+  reduces_->reset();
+  agreement_->reset();
   free_memory();
 }
 
 void Engine::reset() {
-  schedule_.reset();
-  for (std::vector<OpenCall>& calls : open_calls_) calls.clear();
-  lent_.clear();
-  std::fill(opaque_.begin(), opaque_.end(), std::nullopt);
-  forward_depth_ = 0;
-  gathers_.end_forward();
-  forward_tape_ = nullptr;
-  recomputation_tape_ = nullptr;
+  schedule_->reset();
+  *forwards_ = OpenForwards(units_.size());
+  gathers_->end_forward();
   backward_alive_.reset();
   backward_started_ = false;
   // What went wrong may be that ranks recorded different orders.
-  orders_.forget();
+  prefetcher_->forget();
   reset_pipelines();
+}
+
+int64_t Engine::num_order_changes() const { return prefetcher_->num_order_changes(); }
+
+ExposedTime Engine::exposed(int unit) const {
+  return {gathers_->exposed(unit), reduces_->exposed(unit)};
 }
 
 }  // namespace mics

@@ -1,4 +1,4 @@
-// Waiting of compute for a collective: measured, and visible to torch.profiler.
+// Waits of compute for a collective, measured and shown to torch.profiler.
 #pragma once
 
 #include <chrono>

@@ -1,11 +1,11 @@
-#include "mics/gather_pipeline.h"
+#include "runtime/gather_pipeline.h"
 
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 
-#include "mics/check.h"
+#include "plan/check.h"
 #include "runtime/exposed_wait.h"
 
 namespace mics {
@@ -16,7 +16,7 @@ GatherPipeline::GatherPipeline(const std::vector<std::shared_ptr<Unit>>& units,
       streams_(streams),
       digest_(digest),
       shards_written_(streams.compute->make_event()),
-      states_(units.size()) {
+      gathers_(units.size()) {
   for (size_t i = 0; i < units.size(); ++i) make_events(static_cast<int>(i));
 }
 
@@ -35,7 +35,58 @@ at::Tensor to_move(const at::Tensor& tensor) {
   }
 }
 
+bool is_legal(GatherState from, GatherState to) {
+  using enum GatherState;
+  if (to == kNone || to == from) return true;
+  switch (from) {
+    case kNone:
+      return to == kStarted;
+    case kStarted:
+      return to == kInUse || to == kRetained;
+    case kRetained:
+      return to == kInUse;
+    case kInUse:
+      return to == kKept || to == kResting || to == kRefreshing;
+    case kRefreshing:
+      return to == kInUse || to == kStarted || to == kRetained;
+    case kKept:
+      return to == kInUse || to == kResting || to == kStarted;
+    case kResting:
+      return to == kInUse || to == kRetained;
+  }
+  return false;
+}
+
 }  // namespace
+
+void GatherPipeline::change_state(int index, GatherState next) {
+  MICS_INTERNAL_CHECK(is_legal(of(index).state, next), "a gather of unit \"", unit(index).name(),
+                      "\" goes from state ", static_cast<int>(of(index).state), " to ",
+                      static_cast<int>(next), ".");
+  of(index).state = next;
+}
+
+void GatherPipeline::note_started(int index) {
+  using enum GatherState;
+  switch (of(index).state) {
+    case kNone:
+    case kStarted:
+    case kKept:
+      return change_state(index, kStarted);
+    case kRetained:
+    case kResting:
+      return change_state(index, kRetained);
+    case kInUse:
+    case kRefreshing:
+      return change_state(index, kRefreshing);
+  }
+}
+
+bool GatherPipeline::is_awaited(int index) const {
+  using enum GatherState;
+  const GatherState now = state(index);
+  return now == kInUse || now == kKept || now == kResting;
+}
 
 // Hop 1, or the cast of the shard where there is one node.
 Stream& GatherPipeline::block_stream(const Unit& unit) {
@@ -43,18 +94,18 @@ Stream& GatherPipeline::block_stream(const Unit& unit) {
 }
 
 GatherPipeline::Weights GatherPipeline::weights(int index) const {
-  const auto i = static_cast<size_t>(index);
-  return {states_[i].num_writes, units_[i]->shard_version(), num_boundaries_, num_forwards_};
+  const Unit& of_unit = *units_[static_cast<size_t>(index)];
+  return {of(index).num_writes, of_unit.parameters().shard_version(), num_boundaries_,
+          num_forwards_};
 }
 
-bool GatherPipeline::is_current(int index, const std::optional<Weights>& of) const {
-  if (!of.has_value()) return false;
+bool GatherPipeline::is_current(int index, const std::optional<Weights>& gathered) const {
+  if (!gathered.has_value()) return false;
   Weights now = weights(index);
-  now.forward = of->forward;
-  if (*of != now) return false;
+  now.forward = gathered->forward;
+  if (*gathered != now) return false;
   // A backward uses what its forward used.
-  return !in_forward_ || states_[static_cast<size_t>(index)].is_requested ||
-         of->forward >= oldest_forward_;
+  return !in_forward_ || of(index).is_requested || gathered->forward >= oldest_forward_;
 }
 
 void GatherPipeline::begin_forward(bool is_new, bool records) {
@@ -72,7 +123,7 @@ void GatherPipeline::order_after_shard_writes() {
   bool may_be_written = false;
   for (size_t i = 0; i < units_.size(); ++i) {
     const Weights now = weights(static_cast<int>(i));
-    std::optional<Weights>& ordered = states_[i].ordered;
+    std::optional<Weights>& ordered = gathers_[i].ordered;
     if (ordered == now) continue;
     ordered = now;
     may_be_written = true;
@@ -85,11 +136,11 @@ void GatherPipeline::order_after_shard_writes() {
 
 // A write in the middle of a step.
 void GatherPipeline::order(int index) {
-  if (state(index).ordered != weights(index)) order_after_shard_writes();
+  if (of(index).ordered != weights(index)) order_after_shard_writes();
 }
 
 bool GatherPipeline::take_block(int index, bool may_grow) {
-  State& taken = state(index);
+  Gather& taken = of(index);
   if (taken.block != nullptr) return true;
   const int64_t nbytes = unit(index).block_nbytes();
   taken.block = memory_->block_home(index);
@@ -99,9 +150,9 @@ bool GatherPipeline::take_block(int index, bool may_grow) {
 }
 
 bool GatherPipeline::take_full(int index, bool may_grow) {
-  State& taken = state(index);
+  Gather& taken = of(index);
   if (taken.full != nullptr) return true;
-  const int64_t nbytes = unit(index).full_nbytes();
+  const int64_t nbytes = unit(index).parameters().full_nbytes();
   taken.full = memory_->full_home(index);
   if (taken.full == nullptr) taken.full = memory_->full_slots().take(nbytes);
   if (taken.full == nullptr && may_grow) taken.full = memory_->grow_full(nbytes);
@@ -109,7 +160,7 @@ bool GatherPipeline::take_full(int index, bool may_grow) {
 }
 
 void GatherPipeline::free_block(int index) {
-  State& taken = state(index);
+  Gather& taken = of(index);
   taken.block_of.reset();
   if (taken.block == nullptr) return;
   if (taken.block != memory_->block_home(index)) memory_->block_slots().give_back(taken.block);
@@ -118,12 +169,11 @@ void GatherPipeline::free_block(int index) {
 
 // Its last reader is compute.
 void GatherPipeline::free_full(int index) {
-  State& taken = state(index);
-  unit(index).detach();
+  Gather& taken = of(index);
+  unit(index).parameters().detach();
+  change_state(index, GatherState::kNone);
   taken.full_of.reset();
-  taken.is_retained = false;
   taken.is_requested = false;
-  taken.is_awaited = false;
   if (taken.full == nullptr) return;
   streams_.compute->note_read(taken.full->memory);
   streams_.compute->record(*taken.full->free);
@@ -133,7 +183,7 @@ void GatherPipeline::free_full(int index) {
 
 bool GatherPipeline::start_rail(int index, bool may_grow) {
   Unit& started = unit(index);
-  State& to = state(index);
+  Gather& to = of(index);
   if (!started.has_block() || is_current(index, to.block_of) || is_current(index, to.full_of)) {
     return true;
   }
@@ -144,15 +194,16 @@ bool GatherPipeline::start_rail(int index, bool may_grow) {
   Stream& stream = block_stream(started);
   stream.wait(*to.block->free);
   const HopCommunicators& hops = started.communicators().gather;
-  const ShardLayout& layout = started.layout();
+  const UnitParameters& parameters = started.parameters();
+  const ShardLayout& layout = parameters.layout();
   const at::Tensor block =
-      to.block->as(started.parameter_dtype(), hops.num_nodes() * layout.shard_numel());
-  at::Tensor own = started.shard();
-  if (own.scalar_type() != started.parameter_dtype()) {
+      to.block->as(parameters.dtype(), hops.num_nodes() * layout.shard_numel());
+  at::Tensor own = parameters.shard();
+  if (own.scalar_type() != parameters.dtype()) {
     own = own_slot(layout, block, hops);
-    stream.note_read(started.shard());
+    stream.note_read(parameters.shard());
     stream.note_write(own);
-    stream.enqueue([own, shard = started.shard()] {
+    stream.enqueue([own, shard = parameters.shard()] {
       const c10::NoGradGuard no_grad_here;
       own.copy_(shard);
     });
@@ -167,16 +218,16 @@ bool GatherPipeline::start_rail(int index, bool may_grow) {
 }
 
 std::vector<TensorPair> GatherPipeline::make_pairs(int index) {
-  const State& to = state(index);
-  const Unit& started = unit(index);
-  const ShardLayout& layout = started.layout();
-  const HopCommunicators& hops = started.communicators().gather;
+  const Gather& to = of(index);
+  const UnitParameters& parameters = unit(index).parameters();
+  const ShardLayout& layout = parameters.layout();
+  const HopCommunicators& hops = unit(index).communicators().gather;
   const at::Tensor block =
       to.block == nullptr
-          ? started.shard()
-          : to.block->as(started.parameter_dtype(), hops.num_nodes() * layout.shard_numel());
-  std::vector<TensorPair> pairs = gather_pairs(
-      layout, block, to.full->as(started.parameter_dtype(), layout.full_numel()), hops);
+          ? parameters.shard()
+          : to.block->as(parameters.dtype(), hops.num_nodes() * layout.shard_numel());
+  std::vector<TensorPair> pairs =
+      gather_pairs(layout, block, to.full->as(parameters.dtype(), layout.full_numel()), hops);
   for (TensorPair& pair : pairs) pair = {to_move(pair.output), to_move(pair.input)};
   return pairs;
 }
@@ -184,7 +235,7 @@ std::vector<TensorPair> GatherPipeline::make_pairs(int index) {
 // Hop 2. Its tensors are made once per pair of slots, and kept where the slots are there to stay: a
 // slot beside the plan is freed with its last tensor.
 void GatherPipeline::send_intra(int index) {
-  State& to = state(index);
+  Gather& to = of(index);
   Unit& started = unit(index);
   Communicator& intra = *started.communicators().gather.intra;
   const auto send = [&](const std::vector<TensorPair>& pairs) {
@@ -195,8 +246,8 @@ void GatherPipeline::send_intra(int index) {
     return send(make_pairs(index));
   }
   const void* full = to.full->memory.const_data_ptr();
-  const void* block =
-      to.block != nullptr ? to.block->memory.const_data_ptr() : started.shard().const_data_ptr();
+  const void* block = to.block != nullptr ? to.block->memory.const_data_ptr()
+                                          : started.parameters().shard().const_data_ptr();
   auto kept = std::find_if(to.pairs.begin(), to.pairs.end(), [&](const Pairs& known) {
     return known.full == full && known.block == block;
   });
@@ -208,10 +259,11 @@ void GatherPipeline::send_intra(int index) {
 
 bool GatherPipeline::start_intra(int index, bool may_grow) {
   Unit& started = unit(index);
-  State& to = state(index);
+  Gather& to = of(index);
   if (is_current(index, to.full_of)) return true;
-  if (started.full_is_shard()) {
+  if (started.parameters().full_is_shard()) {
     to.full_of = weights(index);
+    note_started(index);
     return true;
   }
   const bool had_full = to.full != nullptr;
@@ -225,7 +277,7 @@ bool GatherPipeline::start_intra(int index, bool may_grow) {
   order(index);
   Stream& stream = *streams_.gather_intra;
   to.full_of.reset();
-  to.is_awaited = false;
+  note_started(index);
   if (started.num_nodes() > 1) stream.wait(*to.block_written);
   stream.wait(*to.full->free);
   send_intra(index);
@@ -237,77 +289,81 @@ bool GatherPipeline::start_intra(int index, bool may_grow) {
 }
 
 void GatherPipeline::finish(int index) {
-  Unit& finished = unit(index);
-  State& to = state(index);
+  UnitParameters& parameters = unit(index).parameters();
+  Gather& to = of(index);
   MICS_INTERNAL_CHECK(start_intra(index, /*may_grow=*/true), "no memory for a gather.");
-  if (!finished.full_is_shard()) {
-    if (!to.is_awaited) {
-      wait_exposed(*streams_.compute, *to.full_written, "gather", finished.name(), to.exposed);
+  if (!parameters.full_is_shard()) {
+    if (!is_awaited(index)) {
+      wait_exposed(*streams_.compute, *to.full_written, "gather", unit(index).name(), to.exposed);
     }
-    to.is_awaited = true;
     streams_.compute->note_read(to.full->memory);
   }
-  if (!finished.is_unsharded()) {
-    finished.attach(to.full != nullptr ? to.full->memory : finished.shard());
+  if (!parameters.is_unsharded()) {
+    parameters.attach(to.full != nullptr ? to.full->memory : parameters.shard());
   }
-  finished.note_gathered(to.full_of->version + to.full_of->num_writes);
-  to.is_held = true;
-  to.is_retained = false;
-  finished.exchange(true);
+  parameters.note_gathered(to.full_of->version + to.full_of->num_writes);
+  change_state(index, GatherState::kInUse);
+  parameters.register_parameters(ParameterKind::kFull);
 }
 
 void GatherPipeline::reshard(int index, Residency rest) {
-  unit(index).exchange(false);
-  state(index).is_held = false;
+  keep(index);
   if (rest == Residency::kFull) return retain(index);
   free_full(index);
   if (rest == Residency::kShard) free_block(index);
 }
 
 void GatherPipeline::keep(int index) {
-  unit(index).exchange(false);
-  state(index).is_held = false;
+  unit(index).parameters().register_parameters(ParameterKind::kSharded);
+  if (state(index) == GatherState::kInUse) change_state(index, GatherState::kKept);
+  if (state(index) == GatherState::kRefreshing) change_state(index, GatherState::kStarted);
 }
 
-void GatherPipeline::retain(int index) { state(index).is_retained = true; }
+void GatherPipeline::retain(int index) {
+  if (state(index) == GatherState::kStarted) change_state(index, GatherState::kRetained);
+  if (state(index) == GatherState::kKept) change_state(index, GatherState::kResting);
+}
 
 void GatherPipeline::drop_unused() {
-  for (size_t i = 0; i < units_.size(); ++i) {
-    const State& kept = states_[i];
-    if (kept.is_held || kept.is_retained) continue;
-    const int index = static_cast<int>(i);
-    if (kept.full_of.has_value()) free_full(index);
-    if (!unit(index).keeps_block()) free_block(index);
+  for (int index = 0; index < static_cast<int>(gathers_.size()); ++index) {
+    const GatherState now = state(index);
+    const bool is_expected = now == GatherState::kStarted || now == GatherState::kKept;
+    if (is_expected) free_full(index);
+    if ((is_expected || now == GatherState::kNone) && !unit(index).keeps_block()) {
+      free_block(index);
+    }
   }
 }
 
 bool GatherPipeline::is_kept_full(int index) const {
-  const State& kept = states_[static_cast<size_t>(index)];
-  return kept.is_awaited && kept.full != nullptr && kept.full == memory_->full_home(index) &&
+  const Gather& kept = of(index);
+  return is_awaited(index) && kept.full != nullptr && kept.full == memory_->full_home(index) &&
          is_current(index, kept.full_of);
 }
 
-bool GatherPipeline::holds_any() const {
-  return std::any_of(states_.begin(), states_.end(),
-                     [](const State& kept) { return kept.is_held; });
+bool GatherPipeline::is_any_in_use() const {
+  for (int index = 0; index < static_cast<int>(gathers_.size()); ++index) {
+    if (is_in_use(index)) return true;
+  }
+  return false;
 }
 
 void GatherPipeline::reset() {
-  for (size_t i = 0; i < units_.size(); ++i) {
-    units_[i]->exchange(false);
-    units_[i]->detach();
+  for (int index = 0; index < static_cast<int>(gathers_.size()); ++index) {
+    unit(index).parameters().register_parameters(ParameterKind::kSharded);
+    unit(index).parameters().detach();
     // Events keep a failure, and slots their events. Graphs that are alive know the writes.
-    const int64_t num_writes = states_[i].num_writes;
-    states_[i] = State();
-    states_[i].num_writes = num_writes;
-    make_events(static_cast<int>(i));
+    const int64_t num_writes = of(index).num_writes;
+    of(index) = Gather();
+    of(index).num_writes = num_writes;
+    make_events(index);
   }
   memory_ = nullptr;
 }
 
 void GatherPipeline::make_events(int index) {
-  state(index).block_written = block_stream(unit(index)).make_event();
-  state(index).full_written = streams_.gather_intra->make_event();
+  of(index).block_written = block_stream(unit(index)).make_event();
+  of(index).full_written = streams_.gather_intra->make_event();
 }
 
 }  // namespace mics

@@ -1,4 +1,4 @@
-#include "mics/reduce_pipeline.h"
+#include "runtime/reduce_pipeline.h"
 
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/scalar_tensor.h>
@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "mics/check.h"
+#include "plan/check.h"
 #include "runtime/exposed_wait.h"
 
 namespace mics {
@@ -50,14 +50,14 @@ ReducePipeline::ReducePipeline(const std::vector<std::shared_ptr<Unit>>& units,
   make_events();
 }
 
-Stream& ReducePipeline::pending_stream(const Unit& unit) {
+Stream& ReducePipeline::accumulation_stream(const Unit& unit) {
   return unit.communicators().reduce.num_nodes() > 1 ? *streams_.reduce_rail
                                                      : *streams_.reduce_intra;
 }
 
 // The alignment gaps travel over the rails with the chunks and must hold numbers.
 void ReducePipeline::zero_gaps(const Unit& unit, const at::Tensor& block) {
-  const ShardLayout& layout = unit.gradient_layout();
+  const ShardLayout& layout = unit.gradients().layout();
   if (layout.payload_numel() == layout.shard_numel()) return;
   streams_.reduce_intra->note_write(block);
   streams_.reduce_intra->enqueue([block] {
@@ -68,7 +68,8 @@ void ReducePipeline::zero_gaps(const Unit& unit, const at::Tensor& block) {
 
 void ReducePipeline::reduce(int index) {
   Unit& reduced = unit(index);
-  if (reduced.num_trainable() == 0) return;
+  UnitGradients& gradients = reduced.gradients();
+  if (gradients.num_trainable() == 0) return;
   digest_.note(StepDigest::Launch::kReduce, index);
   const c10::InferenceMode no_inference(false);
   const c10::NoGradGuard no_grad;
@@ -82,8 +83,8 @@ void ReducePipeline::reduce(int index) {
   wait_exposed(*streams_.compute, *in_flight.rail_done, "earlier reduction", reduced.name(),
                exposed);
   in_flight.gradients.clear();
-  std::vector<at::Tensor> regions = reduced.take_full_gradients([&](int64_t numel) {
-    return memory_->packed_gradients(slot, numel, reduced.reduce_dtype());
+  std::vector<at::Tensor> regions = gradients.take_full([&](int64_t numel) {
+    return memory_->packed_gradients(slot, numel, gradients.reduce_dtype());
   });
   for (const at::Tensor& region : regions) streams_.compute->note_write(region);
   if (streams_.frees_in_compute_order) {
@@ -96,8 +97,8 @@ void ReducePipeline::reduce(int index) {
     reduce_to_block(index, slot, regions);
     streams_.reduce_intra->record(*state(index).block_summed);
   } else {
-    reduce_to_pending(index, slot, regions);
-    pending_stream(reduced).record(*state(index).accumulated);
+    reduce_to_shard(index, slot, regions);
+    accumulation_stream(reduced).record(*state(index).accumulated);
     if (reduced.num_nodes() > 1) streams_.reduce_rail->record(*in_flight.rail_done);
   }
   streams_.reduce_intra->record(*in_flight.intra_done);
@@ -105,40 +106,41 @@ void ReducePipeline::reduce(int index) {
 
 void ReducePipeline::reduce_to_block(int index, int slot, const std::vector<at::Tensor>& regions) {
   Unit& reduced = unit(index);
-  const ShardLayout& layout = reduced.gradient_layout();
+  UnitGradients& gradients = reduced.gradients();
   const HopCommunicators& hops = reduced.communicators().reduce;
   Stream& stream = *streams_.reduce_intra;
   const at::Tensor sum = gradient_block(index);
-  const bool is_first = !reduced.has_pending_block();
-  const bool is_direct = is_first && sum.scalar_type() == reduced.reduce_dtype();
+  const bool is_first = !gradients.has_block();
+  const bool is_direct = is_first && sum.scalar_type() == gradients.reduce_dtype();
   const at::Tensor block =
-      is_direct ? sum : memory_->reduce_block(slot, sum.numel(), reduced.reduce_dtype());
+      is_direct ? sum : memory_->reduce_block(slot, sum.numel(), gradients.reduce_dtype());
   zero_gaps(reduced, block);
-  const std::vector<TensorPair> pairs = reduce_pairs(layout, regions, block, hops);
+  const std::vector<TensorPair> pairs = reduce_pairs(gradients.layout(), regions, block, hops);
   if (!pairs.empty()) hops.intra->reduce_scatter(pairs, stream, reduced.name());
   if (!is_direct) accumulate(stream, sum, block, is_first);
-  reduced.set_pending_block(true);
+  gradients.set_has_block(true);
 }
 
-void ReducePipeline::reduce_to_pending(int index, int slot,
-                                       const std::vector<at::Tensor>& regions) {
+void ReducePipeline::reduce_to_shard(int index, int slot, const std::vector<at::Tensor>& regions) {
   Unit& reduced = unit(index);
-  const ShardLayout& layout = reduced.gradient_layout();
+  UnitGradients& gradients = reduced.gradients();
+  const ShardLayout& layout = gradients.layout();
+  const at::ScalarType dtype = gradients.reduce_dtype();
   const HopCommunicators& hops = reduced.communicators().reduce;
-  const bool is_first = !reduced.pending().defined();
-  const at::Tensor pending = is_first ? reduced.new_pending() : reduced.pending();
-  const bool is_direct = is_first && pending.scalar_type() == reduced.reduce_dtype();
-  at::Tensor own = pending;
+  const bool is_first = !gradients.accumulated().defined();
+  const at::Tensor sum = is_first ? gradients.new_accumulated() : gradients.accumulated();
+  const bool is_direct = is_first && sum.scalar_type() == dtype;
+  at::Tensor own = sum;
   if (hops.rail == nullptr) {
     if (!is_direct) {
-      own = memory_->reduce_block(slot, layout.shard_numel(), reduced.reduce_dtype());
+      own = memory_->reduce_block(slot, layout.shard_numel(), dtype);
       zero_gaps(reduced, own);
     }
     const std::vector<TensorPair> pairs = reduce_pairs(layout, regions, own, hops);
     if (!pairs.empty()) hops.intra->reduce_scatter(pairs, *streams_.reduce_intra, reduced.name());
   } else {
-    const at::Tensor block = memory_->reduce_block(slot, hops.num_nodes() * layout.shard_numel(),
-                                                   reduced.reduce_dtype());
+    const at::Tensor block =
+        memory_->reduce_block(slot, hops.num_nodes() * layout.shard_numel(), dtype);
     zero_gaps(reduced, block);
     const std::vector<TensorPair> pairs = reduce_pairs(layout, regions, block, hops);
     if (!pairs.empty()) hops.intra->reduce_scatter(pairs, *streams_.reduce_intra, reduced.name());
@@ -147,38 +149,39 @@ void ReducePipeline::reduce_to_pending(int index, int slot,
     if (!is_direct) own = own_slot(layout, block, hops);
     hops.rail->reduce_scatter(own, block, *streams_.reduce_rail, reduced.name());
   }
-  if (!is_direct) accumulate(pending_stream(reduced), pending, own, is_first);
+  if (!is_direct) accumulate(accumulation_stream(reduced), sum, own, is_first);
 }
 
 at::Tensor ReducePipeline::gradient_block(int index) {
   const Unit& owner = unit(index);
-  const int64_t numel =
-      owner.communicators().reduce.num_nodes() * owner.gradient_layout().shard_numel();
-  return memory_->gradient_block(index, numel, accumulation_dtype(owner.reduce_dtype()));
+  const UnitGradients& gradients = owner.gradients();
+  const int64_t numel = owner.communicators().reduce.num_nodes() * gradients.layout().shard_numel();
+  return memory_->gradient_block(index, numel, accumulation_dtype(gradients.reduce_dtype()));
 }
 
 // Hop 2 of what was accumulated in a gradient block.
-void ReducePipeline::reduce_block_to_pending(int index) {
-  Unit& reduced = unit(index);
-  const HopCommunicators& hops = reduced.communicators().reduce;
+void ReducePipeline::reduce_accumulated_block(int index) {
+  UnitGradients& gradients = unit(index).gradients();
+  const HopCommunicators& hops = unit(index).communicators().reduce;
   Stream& stream = *streams_.reduce_rail;
   stream.wait(*state(index).block_summed);
   const at::Tensor block = gradient_block(index);
-  const bool is_first = !reduced.pending().defined();
-  const at::Tensor pending = is_first ? reduced.new_pending() : reduced.pending();
-  const at::Tensor own = is_first ? pending : own_slot(reduced.gradient_layout(), block, hops);
-  hops.rail->reduce_scatter(own, block, stream, reduced.name());
-  if (!is_first) accumulate(stream, pending, own, /*is_first=*/false);
+  const bool is_first = !gradients.accumulated().defined();
+  const at::Tensor sum = is_first ? gradients.new_accumulated() : gradients.accumulated();
+  const at::Tensor own = is_first ? sum : own_slot(gradients.layout(), block, hops);
+  hops.rail->reduce_scatter(own, block, stream, unit(index).name());
+  if (!is_first) accumulate(stream, sum, own, /*is_first=*/false);
   stream.record(*state(index).accumulated);
-  reduced.set_pending_block(false);
+  gradients.set_has_block(false);
 }
 
 void ReducePipeline::settle(int index) {
   const c10::InferenceMode no_inference(false);
   const c10::NoGradGuard no_grad;
-  if (unit(index).has_pending_block()) reduce_block_to_pending(index);
-  if (unit(index).hidden().defined()) wait(index);
-  if (unit(index).pending().defined()) {
+  const UnitGradients& gradients = unit(index).gradients();
+  if (gradients.has_block()) reduce_accumulated_block(index);
+  if (gradients.synchronized().defined()) wait(index);
+  if (gradients.accumulated().defined()) {
     wait_exposed(*streams_.compute, *state(index).accumulated, "reduction", unit(index).name(),
                  state(index).exposed);
   }
@@ -186,32 +189,30 @@ void ReducePipeline::settle(int index) {
 
 void ReducePipeline::synchronize(int index) {
   Unit& synchronized = unit(index);
-  if (!synchronized.has_pending()) return;
+  UnitGradients& gradients = synchronized.gradients();
+  if (!gradients.has_accumulated()) return;
   digest_.note(StepDigest::Launch::kSynchronize, index);
   const c10::InferenceMode no_inference(false);
   const c10::NoGradGuard no_grad;
-  const UnitCommunicators& communicators = synchronized.communicators();
-  Event& accumulated = *state(index).accumulated;
-  if (synchronized.has_pending_block()) reduce_block_to_pending(index);
+  if (gradients.has_block()) reduce_accumulated_block(index);
   Stream& stream = *streams_.replicate;
-  stream.wait(accumulated);
-  const at::Tensor pending = synchronized.pending();
-  if (communicators.replicate != nullptr)
-    communicators.replicate->all_reduce(pending, stream, synchronized.name());
+  stream.wait(*state(index).accumulated);
+  const at::Tensor sum = gradients.accumulated();
+  if (Communicator* replicate = synchronized.communicators().replicate; replicate != nullptr) {
+    replicate->all_reduce(sum, stream, synchronized.name());
+  }
   if (const double factor = synchronized.settings().gradient_factor; factor != 1.0) {
-    stream.note_read(pending);
-    stream.note_write(pending);
-    stream.enqueue([pending, scalar = factor_of(factor, pending)] {
+    stream.note_read(sum);
+    stream.note_write(sum);
+    stream.enqueue([sum, scalar = factor_of(factor, sum)] {
       const c10::NoGradGuard no_grad_here;
-      pending.mul_(scalar);
+      sum.mul_(scalar);
     });
   }
-  if (synchronized.hidden().defined()) {
-    accumulate(stream, synchronized.hidden(), pending, /*is_first=*/false);
-    synchronized.drop_pending();
-  } else {
-    synchronized.hide_pending();
+  if (gradients.synchronized().defined()) {
+    accumulate(stream, gradients.synchronized(), sum, /*is_first=*/false);
   }
+  gradients.note_synchronized();
   stream.record(*state(index).synchronized);
 }
 
@@ -224,6 +225,13 @@ const at::Tensor& ReducePipeline::factor_of(double factor, const at::Tensor& lik
   }
   factors_.push_back({factor, at::scalar_tensor(factor, like.scalar_type())});
   return factors_.back().tensor;
+}
+
+void ReducePipeline::set_num_in_flight(int reductions) {
+  in_flight_.clear();
+  in_flight_.resize(static_cast<size_t>(reductions));
+  next_ = 0;
+  make_events();
 }
 
 void ReducePipeline::free_gradients() {
@@ -241,17 +249,17 @@ void ReducePipeline::wait(int index) {
 
 bool ReducePipeline::holds_block() const {
   return std::any_of(units_.begin(), units_.end(),
-                     [](const auto& unit) { return unit->has_pending_block(); });
+                     [](const auto& unit) { return unit->gradients().has_block(); });
 }
 
 void ReducePipeline::drop(int index) {
   // Memory that is still written must not be used anew.
-  if (unit(index).hidden().defined()) wait(index);
-  unit(index).drop_gradients();
+  if (unit(index).gradients().synchronized().defined()) wait(index);
+  unit(index).gradients().drop();
 }
 
 void ReducePipeline::reset() {
-  for (const std::shared_ptr<Unit>& dropped : units_) dropped->drop_gradients();
+  for (const std::shared_ptr<Unit>& dropped : units_) dropped->gradients().drop();
   for (InFlight& slot : in_flight_) slot.gradients.clear();
   make_events();
   memory_ = nullptr;
@@ -262,7 +270,7 @@ void ReducePipeline::make_events() {
   gradients_ready_ = streams_.compute->make_event();
   for (size_t i = 0; i < units_.size(); ++i) {
     states_[i].block_summed = streams_.reduce_intra->make_event();
-    states_[i].accumulated = pending_stream(*units_[i]).make_event();
+    states_[i].accumulated = accumulation_stream(*units_[i]).make_event();
     states_[i].synchronized = streams_.replicate->make_event();
   }
   for (InFlight& slot : in_flight_) {

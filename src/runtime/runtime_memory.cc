@@ -1,4 +1,4 @@
-#include "mics/runtime_memory.h"
+#include "runtime/runtime_memory.h"
 
 #include <ATen/ops/empty.h>
 #include <c10/core/InferenceMode.h>
@@ -7,7 +7,7 @@
 #include <functional>
 #include <utility>
 
-#include "mics/check.h"
+#include "plan/check.h"
 
 namespace mics {
 
@@ -22,8 +22,20 @@ at::Tensor allocate(int64_t nbytes, at::Device device) {
   return at::empty({nbytes}, at::TensorOptions().dtype(at::kByte).device(device));
 }
 
+std::vector<int64_t> largest(std::vector<int64_t> sizes, int count) {
+  std::sort(sizes.begin(), sizes.end(), std::greater<>());
+  if (sizes.size() > static_cast<size_t>(count)) sizes.resize(static_cast<size_t>(count));
+  return sizes;
+}
+
+int64_t nbytes_of(int64_t numel, at::ScalarType dtype) {
+  return numel * static_cast<int64_t>(c10::elementSize(dtype));
+}
+
+}  // namespace
+
 // Cuts regions from an allocation whose size is known only when all have been asked for.
-class Cutter {
+class RuntimeMemory::Cutter {
  public:
   void ask(std::string part, int64_t nbytes, std::function<void(at::Tensor)> give) {
     if (nbytes == 0) return;
@@ -55,18 +67,6 @@ class Cutter {
   std::vector<Wish> wishes_;
   int64_t total_ = 0;
 };
-
-std::vector<int64_t> largest(std::vector<int64_t> sizes, int count) {
-  std::sort(sizes.begin(), sizes.end(), std::greater<>());
-  if (sizes.size() > static_cast<size_t>(count)) sizes.resize(static_cast<size_t>(count));
-  return sizes;
-}
-
-int64_t nbytes_of(int64_t numel, at::ScalarType dtype) {
-  return numel * static_cast<int64_t>(c10::elementSize(dtype));
-}
-
-}  // namespace
 
 at::Tensor Slot::as(at::ScalarType dtype, int64_t numel) const {
   return memory.narrow(0, 0, nbytes_of(numel, dtype)).view(dtype);
@@ -105,7 +105,8 @@ void SlotPool::give_back(Slot* slot) {
 
 RuntimeMemory::RuntimeMemory(const std::vector<std::shared_ptr<Unit>>& units, const Depths& depths,
                              Stream& events, int64_t num_flags)
-    : device_(units.front()->device()),
+    : device_(units.front()->parameters().shard().device()),
+      key_(key_of(units)),
       full_slots_(events),
       block_slots_(events),
       homes_(units.size()),
@@ -113,10 +114,25 @@ RuntimeMemory::RuntimeMemory(const std::vector<std::shared_ptr<Unit>>& units, co
   // Views by dtype that are made in the caller's inference mode could not be written to later.
   const c10::InferenceMode no_inference(false);
   Cutter cutter;
+  plan_units(units, depths, events, cutter);
+  plan_reductions(units, cutter);
+  cutter.ask("flags", num_flags * static_cast<int64_t>(sizeof(int64_t)),
+             [this](const at::Tensor& memory) { flags_ = memory.view(at::kLong); });
+  for (Communicator* carrier : hop_communicators(units)) {
+    if (cutter.total() > 0) whole_ = carrier->allocate(cutter.total());
+    is_of_backend_ = whole_.defined();
+    if (is_of_backend_) break;
+  }
+  if (!is_of_backend_) whole_ = allocate(cutter.total(), device_);
+  cutter.cut(whole_);
+  parts_ = cutter.parts();
+  nbytes_ = cutter.total();
+}
+
+void RuntimeMemory::plan_units(const std::vector<std::shared_ptr<Unit>>& units,
+                               const Depths& depths, Stream& events, Cutter& cutter) {
   std::vector<int64_t> full_sizes;
   std::vector<int64_t> block_sizes;
-  int64_t reduce_block_nbytes = 0;
-  int64_t packed_nbytes = 0;
   const auto home_slot = [&events](std::unique_ptr<Slot>& home) {
     return [&home, &events](at::Tensor memory) {
       home = std::make_unique<Slot>(Slot{std::move(memory), events.make_event()});
@@ -124,28 +140,24 @@ RuntimeMemory::RuntimeMemory(const std::vector<std::shared_ptr<Unit>>& units, co
   };
   for (size_t i = 0; i < units.size(); ++i) {
     const Unit& unit = *units[i];
-    Home& home = homes_[i];
+    const int64_t full_nbytes = unit.parameters().full_nbytes();
     if (unit.keeps_full()) {
-      cutter.ask("full, kept", unit.full_nbytes(), home_slot(home.full));
+      cutter.ask("full, kept", full_nbytes, home_slot(homes_[i].full));
     } else {
-      full_sizes.push_back(unit.full_nbytes());
+      full_sizes.push_back(full_nbytes);
     }
     if (unit.keeps_block()) {
-      cutter.ask("blocks, kept", unit.block_nbytes(), home_slot(home.block));
+      cutter.ask("blocks, kept", unit.block_nbytes(), home_slot(homes_[i].block));
     } else {
       block_sizes.push_back(unit.block_nbytes());
     }
-    if (unit.num_trainable() == 0) continue;
-    const int64_t gradient_numel = unit.num_nodes() * unit.gradient_layout().shard_numel();
-    if (unit.accumulates_block()) {
-      const at::ScalarType dtype = accumulation_dtype(unit.reduce_dtype());
-      cutter.ask("gradient blocks", nbytes_of(gradient_numel, dtype),
-                 [&home](at::Tensor memory) { home.gradient_block = std::move(memory); });
+    const UnitGradients& gradients = unit.gradients();
+    if (unit.accumulates_block() && gradients.num_trainable() > 0) {
+      const int64_t numel = unit.num_nodes() * gradients.layout().shard_numel();
+      cutter.ask(
+          "gradient blocks", nbytes_of(numel, accumulation_dtype(gradients.reduce_dtype())),
+          [&home = homes_[i]](at::Tensor memory) { home.gradient_block = std::move(memory); });
     }
-    reduce_block_nbytes =
-        std::max(reduce_block_nbytes, nbytes_of(gradient_numel, unit.reduce_dtype()));
-    packed_nbytes =
-        std::max(packed_nbytes, nbytes_of(unit.packed_gradient_numel(), unit.reduce_dtype()));
   }
   for (const int64_t nbytes : largest(std::move(full_sizes), depths.intra + 1)) {
     cutter.ask("full slots", nbytes,
@@ -159,23 +171,39 @@ RuntimeMemory::RuntimeMemory(const std::vector<std::shared_ptr<Unit>>& units, co
     cutter.ask("block slots", blocks.front(),
                [this](at::Tensor memory) { block_slots_.add(std::move(memory)); });
   }
+}
+
+void RuntimeMemory::plan_reductions(const std::vector<std::shared_ptr<Unit>>& units,
+                                    Cutter& cutter) {
+  int64_t block_nbytes = 0;
+  int64_t packed_nbytes = 0;
+  for (const std::shared_ptr<Unit>& unit : units) {
+    const UnitGradients& gradients = unit->gradients();
+    if (gradients.num_trainable() == 0) continue;
+    const at::ScalarType dtype = gradients.reduce_dtype();
+    const int64_t numel = unit->num_nodes() * gradients.layout().shard_numel();
+    block_nbytes = std::max(block_nbytes, nbytes_of(numel, dtype));
+    packed_nbytes = std::max(packed_nbytes, nbytes_of(gradients.packed_numel(), dtype));
+  }
   for (Reduction& reduction : reductions_) {
-    cutter.ask("reductions", reduce_block_nbytes,
+    cutter.ask("reductions", block_nbytes,
                [&reduction](at::Tensor memory) { reduction.block = std::move(memory); });
     cutter.ask("packed gradients", packed_nbytes,
                [&reduction](at::Tensor memory) { reduction.packed = std::move(memory); });
   }
-  cutter.ask("flags", num_flags * static_cast<int64_t>(sizeof(int64_t)),
-             [this](const at::Tensor& memory) { flags_ = memory.view(at::kLong); });
-  for (Communicator* carrier : hop_communicators(units)) {
-    if (cutter.total() > 0) whole_ = carrier->allocate(cutter.total());
-    is_of_backend_ = whole_.defined();
-    if (is_of_backend_) break;
+}
+
+RuntimeMemory::Key RuntimeMemory::key_of(const std::vector<std::shared_ptr<Unit>>& units) {
+  Key key;
+  for (const std::shared_ptr<Unit>& unit : units) {
+    key.push_back({unit->keeps_full(), unit->keeps_block(), unit->accumulates_block(),
+                   unit->gradients().layout().shard_numel()});
   }
-  if (!is_of_backend_) whole_ = allocate(cutter.total(), device_);
-  cutter.cut(whole_);
-  parts_ = cutter.parts();
-  nbytes_ = cutter.total();
+  return key;
+}
+
+bool RuntimeMemory::is_planned_for(const std::vector<std::shared_ptr<Unit>>& units) const {
+  return key_ == key_of(units);
 }
 
 void RuntimeMemory::register_with(const std::vector<std::shared_ptr<Unit>>& units) {

@@ -1,4 +1,4 @@
-#include "mics/step_digest.h"
+#include "runtime/step_digest.h"
 
 #include <ATen/ops/empty.h>
 #include <c10/core/GradMode.h>

@@ -1,4 +1,4 @@
-#include "mics/check.h"
+#include "plan/check.h"
 
 #include <gtest/gtest.h>
 

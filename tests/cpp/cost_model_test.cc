@@ -1,4 +1,4 @@
-#include "mics/cost_model.h"
+#include "mics/model/cost_model.h"
 
 #include <gtest/gtest.h>
 

@@ -72,16 +72,16 @@ void expect_gradients_equal_one_process(const World& shape, int num_micro_steps)
     for (int step = 0; step < num_micro_steps; ++step) {
       const bool is_last = step == num_micro_steps - 1;
       for (int layer = 0; layer < kNumLayers; ++layer) {
-        model.engine().unit(layer).settings().synchronize_gradients = is_last;
+        model.unit(layer).settings().synchronize_gradients = is_last;
       }
       model.forward(batch(rank, step)).sum().backward();
-      ASSERT_EQ(model.engine().unfinished_units().empty(), is_last);
+      ASSERT_EQ(unfinished_units(model.engine().units()).empty(), is_last);
       ASSERT_EQ(model.sharded(0).grad().defined(), is_last);
     }
     const ShardLayout::RowRange rows = model.rows(shape.partition_size);
     for (int layer = 0; layer < kNumLayers; ++layer) {
       expect_close(model.sharded(layer).grad(), expected[static_cast<size_t>(layer)], rows);
-      ASSERT_FALSE(model.engine().unit(layer).is_unsharded());
+      ASSERT_FALSE(model.unit(layer).parameters().is_unsharded());
     }
   });
 }
@@ -158,14 +158,14 @@ TEST(Engine, ResetDropsAnUnfinishedAccumulation) {
   LocalWorld world(1, std::chrono::seconds(60));
   Model model(world, {1, 1, 1, false}, 0);
   for (int layer = 0; layer < kNumLayers; ++layer) {
-    model.engine().unit(layer).settings().synchronize_gradients = false;
+    model.unit(layer).settings().synchronize_gradients = false;
   }
   model.forward(batch(0, 5)).sum().backward();
-  EXPECT_EQ(model.engine().unfinished_units().size(), static_cast<size_t>(kNumLayers));
+  EXPECT_EQ(unfinished_units(model.engine().units()).size(), static_cast<size_t>(kNumLayers));
   model.engine().reset();
-  EXPECT_TRUE(model.engine().unfinished_units().empty());
+  EXPECT_TRUE(unfinished_units(model.engine().units()).empty());
   for (int layer = 0; layer < kNumLayers; ++layer) {
-    model.engine().unit(layer).settings().synchronize_gradients = true;
+    model.unit(layer).settings().synchronize_gradients = true;
   }
   model.forward(batch(0, 0)).sum().backward();
   expect_close(model.sharded(0).grad(), reference_gradients(1, 1)[0], model.rows(1));
@@ -198,11 +198,11 @@ TEST(Engine, LentUnitTrainsAsOneProcess) {
       Model model(world, shape, rank);
       for (int step = 0; step < 2; ++step) {
         for (int layer = 0; layer < kNumLayers; ++layer) {
-          model.engine().unit(layer).settings().synchronize_gradients = step == 1;
+          model.unit(layer).settings().synchronize_gradients = step == 1;
         }
         forward_with_lent(model, batch(rank, step)).sum().backward();
-        ASSERT_TRUE(model.engine().unit(1).is_lent());
-        ASSERT_FALSE(model.engine().unit(1).is_unsharded());
+        ASSERT_TRUE(model.unit(1).is_lent());
+        ASSERT_FALSE(model.unit(1).parameters().is_unsharded());
       }
       for (int layer = 0; layer < kNumLayers; ++layer) {
         const at::Tensor& expected = weights[static_cast<size_t>(layer)].grad();
@@ -220,7 +220,7 @@ TEST(Engine, LendsNothingOutsideOfAForward) {
   LocalWorld world(1, std::chrono::seconds(60));
   Model model(world, {1, 1, 1, false}, 0);
   model.engine().lend(1, /*is_group=*/false);
-  EXPECT_FALSE(model.engine().unit(1).is_lent());
+  EXPECT_FALSE(model.unit(1).is_lent());
   EXPECT_FALSE(model.engine().is_in_forward());
 }
 
@@ -229,8 +229,8 @@ TEST(Engine, BackwardMayRunInsideAForward) {
   Model model(world, {1, 1, 1, false}, 0);
   model.forward_nested(batch(0, 0), {1, 2}, [&](const at::Tensor& y) {
     y.sum().backward();
-    EXPECT_TRUE(model.engine().unit(0).is_unsharded());  // its forward goes on
-    EXPECT_TRUE(model.engine().unfinished_units().empty());
+    EXPECT_TRUE(model.unit(0).parameters().is_unsharded());  // its forward goes on
+    EXPECT_TRUE(unfinished_units(model.engine().units()).empty());
   });
   at::Tensor x = batch(0, 0);
   std::vector<at::Tensor> weights;
@@ -256,7 +256,7 @@ TEST(Engine, EveryForwardOutsideOfAnAccumulationGathersAnew) {
     const auto gathers = [&] { return model.gather().intra().calls; };
     const auto forward = [&](bool is_boundary) {
       for (int layer = 0; layer < kNumLayers; ++layer) {
-        model.engine().unit(layer).settings().synchronize_gradients = is_boundary;
+        model.unit(layer).settings().synchronize_gradients = is_boundary;
       }
       const int64_t before = gathers();
       model.forward(batch(rank, 0)).sum().backward();

@@ -8,8 +8,8 @@
 #include <torch/csrc/distributed/c10d/HashStore.hpp>
 #include <vector>
 
+#include "comm/c10d/store_reports.h"
 #include "mics/error.h"
-#include "mics/store_reports.h"
 
 namespace mics {
 namespace {

@@ -1,4 +1,4 @@
-#include "mics/full_buffer.h"
+#include "runtime/full_buffer.h"
 
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>

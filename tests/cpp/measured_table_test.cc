@@ -1,4 +1,4 @@
-#include "mics/measured_table.h"
+#include "mics/model/measured_table.h"
 
 #include <gtest/gtest.h>
 

@@ -1,4 +1,4 @@
-#include "mics/memory_model.h"
+#include "mics/model/memory_model.h"
 
 #include <gtest/gtest.h>
 

@@ -116,7 +116,7 @@ TEST(NcclFault, AsyncErrorOfOneRankEndsAll) {
         stream.synchronize();
       });
   EXPECT_TRUE(has(errors[1],
-                  "NCCL reported an error in group test [0 1 2] (world_rank=1): remote "
+                  "NCCL reported an error in group test [0 1 2], world_rank=1: remote "
                   "process exited"))
       << errors[1];
   for (const int rank : {0, 2}) EXPECT_FALSE(errors[static_cast<size_t>(rank)].empty());
@@ -156,6 +156,31 @@ TEST(NcclFault, OperationWhoseStreamNeverReachesItIsNamedAsWaiting) {
       << errors[0];
 }
 
+TEST(NcclFault, CloseNamesTheOperationThatAPeerHasNotIssued) {
+  NcclRanks ranks(2);
+  std::atomic<bool> is_closed = false;
+  const auto errors = errors_of(2, [&](int rank) {
+    const auto world = ranks.make_world(rank);
+    const auto communicator = world->make_communicator(group_of({0, 1}, rank, "gather/intra"));
+    const auto stream = world->make_stream(false);
+    if (rank == 0) {
+      communicator->all_reduce(at::ones({1}), *stream, "layers.0");
+      communicator->all_reduce(at::ones({1}), *stream, "layers.1");
+      try {
+        world->close(milliseconds(100));
+      } catch (...) {
+        is_closed = true;
+        throw;
+      }
+    }
+    while (!is_closed) std::this_thread::sleep_for(milliseconds(1));
+  });
+  EXPECT_TRUE(has(errors[0],
+                  "got operation 1, all_reduce of unit \"layers.0\", still in flight, "
+                  "and 1 after it (group gather/intra [0 1], world_rank=0)"))
+      << errors[0];
+}
+
 TEST(NcclFault, ErrorOfALaunchIsThrownByTheCall) {
   for (const char* call : {"all_gather", "group_end"}) {
     NcclRanks ranks(2);
@@ -167,7 +192,7 @@ TEST(NcclFault, ErrorOfALaunchIsThrownByTheCall) {
               {{at::zeros({4}), at::ones({2})}, {at::zeros({2}), at::ones({1})}}, stream);
           stream.synchronize();
         });
-    EXPECT_TRUE(has(errors[0], "failed: result 3")) << errors[0];
+    EXPECT_TRUE(has(errors[0], "failed: result 3 (group ")) << errors[0];
     EXPECT_FALSE(errors[1].empty());
   }
 }

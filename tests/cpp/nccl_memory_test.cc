@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "mics/error.h"
+#include "runtime/runtime_memory.h"
 #include "support/nccl_training.h"
 
 namespace mics {
@@ -117,8 +118,8 @@ TEST(NcclMemory, AnotherPlanIsRegisteredAnew) {
     Rank one(ranks, kTwoHops, rank);
     train(one.model(), rank, 1);
     for (int layer = 0; layer < kNumLayers; ++layer) {
-      one.model().engine().unit(layer).settings().residency = {Residency::kFull, Residency::kFull,
-                                                               Residency::kShard};
+      one.model().unit(layer).settings().residency = {Residency::kFull, Residency::kFull,
+                                                      Residency::kShard};
     }
     (void)ranks.nccl(rank).take_counts();
     train(one.model(), rank, 1);

@@ -107,7 +107,7 @@ TEST(NcclStart, ErrorOfNcclNamesTheCallAndTheGroup) {
   const auto errors = errors_of(1, [&](int rank) {
     (void)ranks.make_world(rank)->make_communicator(group_of({0}, 0, "gather/intra"));
   });
-  EXPECT_TRUE(has(errors[0], "ncclCommInitRankConfig failed: result 1\" (group gather/intra [0]"))
+  EXPECT_TRUE(has(errors[0], "ncclCommInitRankConfig failed: result 1 (group gather/intra [0]"))
       << errors[0];
 }
 

@@ -19,7 +19,7 @@
 #include <utility>
 #include <vector>
 
-#include "plan/step_queues.h"
+#include "model/step_queues.h"
 #include "support/chain_model.h"
 #include "support/virtual_network.h"
 #include "support/virtual_streams.h"
@@ -170,8 +170,7 @@ void run_step(Model& model, const Shape& shape, VirtualClock& clock, int rank) {
   for (int layer = 1; layer < kNumUnits; ++layer) layers.push_back(layer);
   for (int microstep = 0; microstep < shape.num_microsteps; ++microstep) {
     for (int unit = 0; unit < kNumUnits; ++unit) {
-      model.engine().unit(unit).settings().synchronize_gradients =
-          microstep == shape.num_microsteps - 1;
+      model.unit(unit).settings().synchronize_gradients = microstep == shape.num_microsteps - 1;
     }
     const at::Tensor output = model.forward_nested(testing::batch(rank, microstep), layers);
     clock.compute(rank, nanos(shape.loss));
@@ -188,7 +187,8 @@ void run_step(Model& model, const Shape& shape, VirtualClock& clock, int rank) {
 Nanoseconds exposed_so_far(Engine& engine) {
   Nanoseconds sum{0};
   for (int unit = 0; unit < kNumUnits; ++unit) {
-    sum += engine.exposed_gather(unit) + engine.exposed_reduce(unit);
+    const ExposedTime exposed = engine.exposed(unit);
+    sum += exposed.gather + exposed.reduce;
   }
   return sum;
 }
@@ -205,9 +205,9 @@ Simulated simulate(const Shape& shape) {
     Model model(links.make(), testing::make_virtual_streams(clock, rank), shape.world, rank,
                 kNumUnits, residency, {});
     for (const int kept : {0, kNumUnits - 1}) {
-      model.engine().unit(kept).settings().residency.after_forward = Residency::kFull;
+      model.unit(kept).settings().residency.after_forward = Residency::kFull;
     }
-    model.engine().unit(0).settings().residency.between_microsteps = Residency::kFull;
+    model.unit(0).settings().residency.between_microsteps = Residency::kFull;
     model.set_compute([&](int unit, bool backward) {
       if (unit != 0) clock.compute(rank, nanos((backward ? 2 : 1) * shape.forward));
     });

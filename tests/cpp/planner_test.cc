@@ -1,4 +1,4 @@
-#include "mics/planner.h"
+#include "mics/model/planner.h"
 
 #include <gtest/gtest.h>
 

@@ -90,8 +90,7 @@ std::vector<at::Tensor> train(unsigned seed, const ResidencySettings& residency)
     for (int step = 0; step < kNumSteps; ++step) {
       for (int microstep = 0; microstep < kMicroSteps; ++microstep) {
         for (int layer = 0; layer < testing::kNumLayers; ++layer) {
-          model.engine().unit(layer).settings().synchronize_gradients =
-              microstep == kMicroSteps - 1;
+          model.unit(layer).settings().synchronize_gradients = microstep == kMicroSteps - 1;
         }
         const int number = kMicroSteps * step + microstep;
         model.forward_nested(testing::batch(rank, number)).sum().backward();

@@ -7,7 +7,7 @@
 #include <cstdlib>
 #include <sstream>
 
-#include "mics/cost_model.h"
+#include "mics/model/cost_model.h"
 #include "support/chain_model.h"
 #include "support/multi_rank.h"
 
@@ -84,12 +84,12 @@ void run_step(Model& model, int rank, const Case& run) {
     const c10::NoGradGuard no_grad;
     at::Tensor weight = model.sharded(layer);
     weight.mul_(1.0);
-    model.engine().unit(layer).settings().residency = run.residency;
+    model.unit(layer).settings().residency = run.residency;
   }
   for (int step = 0; step < run.num_microsteps; ++step) {
     const bool is_last = step == run.num_microsteps - 1;
     for (int layer = 0; layer < kNumLayers; ++layer) {
-      UnitSettings& settings = model.engine().unit(layer).settings();
+      UnitSettings& settings = model.unit(layer).settings();
       settings.synchronize_gradients = is_last;
       // Gradients that are kept full are reduced at the boundary.
       settings.reduce_gradients =
@@ -108,10 +108,10 @@ Bytes predicted(const World& world, const Unit& unit, const Case& run) {
   const Topology topology(options);
   const Variant variant = world.hierarchical ? Variant::kHierarchical : Variant::kFlat;
   UnitSize size;
-  size.shard_numel = unit.layout().shard_numel();
-  size.payload_numel = unit.layout().payload_numel();
-  size.gradient_shard_numel = unit.gradient_layout().shard_numel();
-  size.gradient_payload_numel = unit.gradient_layout().payload_numel();
+  size.shard_numel = unit.parameters().layout().shard_numel();
+  size.payload_numel = unit.parameters().layout().payload_numel();
+  size.gradient_shard_numel = unit.gradients().layout().shard_numel();
+  size.gradient_payload_numel = unit.gradients().layout().payload_numel();
   size.parameter_nbytes = 4;
   const int replicas = topology.replication_size();
   const StepBytes bytes = step_bytes(size, topology.shape(variant), replicas,
@@ -146,7 +146,7 @@ void expect_bytes(const World& world) {
       run_step(model, rank, run);
       Bytes total{};
       for (int layer = 0; layer < kNumLayers; ++layer) {
-        const Bytes of_unit = predicted(world, model.engine().unit(layer), run);
+        const Bytes of_unit = predicted(world, model.unit(layer), run);
         for (size_t i = 0; i < total.size(); ++i) total[i] += of_unit[i];
       }
       found[static_cast<size_t>(rank)].push_back(

@@ -54,8 +54,7 @@ void train(const Case& what, int rank, ScheduleRecorder& recorder) {
   for (int step = 0; step < 2; ++step) {
     for (int microstep = 0; microstep < what.num_microsteps; ++microstep) {
       for (int layer = 0; layer < what.num_layers; ++layer) {
-        model.engine().unit(layer).settings().synchronize_gradients =
-            microstep == what.num_microsteps - 1;
+        model.unit(layer).settings().synchronize_gradients = microstep == what.num_microsteps - 1;
       }
       model.forward_nested(testing::batch(rank, microstep), inner).sum().backward();
     }

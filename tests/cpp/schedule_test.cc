@@ -1,4 +1,4 @@
-#include "mics/schedule.h"
+#include "plan/schedule.h"
 
 #include <gtest/gtest.h>
 

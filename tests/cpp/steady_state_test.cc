@@ -8,6 +8,7 @@
 #include <iterator>
 #include <ostream>
 
+#include "runtime/runtime_memory.h"
 #include "support/chain_model.h"
 #include "support/counting.h"
 #include "support/schedule_recorder.h"
@@ -57,7 +58,7 @@ class SteadyState : public ::testing::TestWithParam<Case> {
   void run_step() {
     for (int microstep = 0; microstep < kMicroSteps; ++microstep) {
       for (int layer = 0; layer < kNumLayers; ++layer) {
-        model_.engine().unit(layer).settings().synchronize_gradients = microstep == kMicroSteps - 1;
+        model_.unit(layer).settings().synchronize_gradients = microstep == kMicroSteps - 1;
       }
       model_.forward_nested(testing::batch(0, microstep, kWidth), {1, 2, 3}).sum().backward();
     }

@@ -1,11 +1,11 @@
-#include "mics/step_model.h"
+#include "mics/model/step_model.h"
 
 #include <gtest/gtest.h>
 
 #include <vector>
 
 #include "mics/error.h"
-#include "plan/step_queues.h"
+#include "model/step_queues.h"
 
 namespace mics {
 namespace {
@@ -37,8 +37,7 @@ StepSettings settings_of(int world_size, int partition_size, Variant variant) {
   return settings;
 }
 
-// --- the queues, by hand
-// --------------------------------------------------------------------------
+// --- the queues, by hand ---
 
 QueueTimes run(std::vector<StepOperation> operations, int rail, int intra, Contention c = {}) {
   return run_queues(operations, {rail, intra, c});
@@ -108,8 +107,7 @@ TEST(StepQueues, SlowBusyQueuesDown) {
   EXPECT_DOUBLE_EQ(run({first, second}, 1, 1, network).total, 5);
 }
 
-// --- the step
-// -------------------------------------------------------------------------------------
+// --- the step ---
 
 TEST(StepTime, IsComputeWhereNothingIsSent) {
   StepSettings settings = settings_of(1, 1, Variant::kFlat);

@@ -1,4 +1,4 @@
-#include "mics/storage_part.h"
+#include "optim/storage_part.h"
 
 #include <ATen/ATen.h>
 #include <gtest/gtest.h>

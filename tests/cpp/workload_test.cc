@@ -1,4 +1,4 @@
-#include "mics/workload.h"
+#include "mics/model/workload.h"
 
 #include <gtest/gtest.h>
 

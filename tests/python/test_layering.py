@@ -17,43 +17,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CPP_SUFFIXES = {".h", ".cc", ".cu"}
 
-PLAN_HEADERS = (
-    "topology.h",
-    "shard_layout.h",
-    "schedule.h",
-    "phase_orders.h",
-    "use_order.h",
-    "cost_model.h",
-    "measured_table.h",
-    "workload.h",
-    "step_model.h",
-    "memory_model.h",
-    "planner.h",
-)
-BASE_HEADERS = ("check.h", "error.h", "build_info.h")
-COMM_HEADERS = (
-    "stream.h",
-    "communicator.h",
-    "flight_log.h",
-    "local_world.h",
-    "c10d_communicator.h",
-    "store_reports.h",
-    "shm_communicator.h",
-    "nccl_world.h",
-)
-SHARD_HEADERS = ("full_buffer.h", "storage_part.h")
-COLLECTIVE_HEADERS = ("unit_collectives.h",)
-RUNTIME_HEADERS = (
-    "unit.h",
-    "runtime_memory.h",
-    "runtime_streams.h",
-    "step_digest.h",
-    "boundary_agreement.h",
-    "gather_pipeline.h",
-    "reduce_pipeline.h",
-    "engine.h",
-)
-OPTIM_HEADERS = ("flat_optimizer.h", "neighbours.h")
+# The rooms of the public headers; all other headers lie beside their sources.
+PLAN_HEADERS = ("error.h", "build_info.h", "topology.h", "shard_layout.h", "residency.h")
+PLAN_HEADERS += ("prefetch.h",)
+MODEL_HEADERS = ("cost_model.h", "measured_table.h", "workload.h", "step_model.h")
+MODEL_HEADERS += ("memory_model.h", "planner.h")
+COMM_HEADERS = ("stream.h", "communicator.h", "flight_log.h")
+BACKEND_HEADERS = ("local_world.h", "c10d_communicator.h", "shm_communicator.h", "nccl_world.h")
+RUNTIME_HEADERS = ("unit_collectives.h", "unit_parameters.h", "unit_gradients.h", "unit.h")
+RUNTIME_HEADERS += ("runtime_streams.h", "engine.h")
+OPTIM_HEADERS = ("flat_optimizer.h",)
 
 STD = "std"  # any header named without a directory and without .h: <vector>, <cstdint>
 BESIDE = "beside"  # a header of the same folder: "bindings.h"
@@ -64,9 +37,21 @@ def public(*names: str) -> tuple[str, ...]:
     return tuple(f"mics/{name}" for name in names)
 
 
-BASE = (STD, *public(*BASE_HEADERS))
-PLAN = (*BASE, *public(*PLAN_HEADERS), "plan/*")
-COMM = (*BASE, *public("stream.h", "communicator.h", "flight_log.h"), *TORCH)
+PLAN = (STD, "plan/*", *public(*PLAN_HEADERS))
+MODEL = (*PLAN, "model/*", *public(*(f"model/{name}" for name in MODEL_HEADERS)))
+# What all rooms may use.
+BASE = (STD, "plan/check.h", *public("error.h", "build_info.h"))
+COMM = (*BASE, "comm/*", *public(*COMM_HEADERS), *TORCH)
+BACKENDS = ("comm/local/*", "comm/c10d/*", "comm/shm/*", "comm/nccl/*")
+NO_SIDE_EFFECTS = (
+    *("thread", "mutex", "shared_mutex", "condition_variable", "future", "atomic"),
+    *("stop_token", "semaphore", "latch", "barrier"),
+    *("iostream", "fstream", "istream", "ostream", "filesystem", "cstdio"),
+)
+
+
+def other_backends(name: str) -> tuple[str, ...]:
+    return tuple(backend for backend in BACKENDS if backend != f"comm/{name}/*")
 
 
 @dataclass(frozen=True)
@@ -79,83 +64,59 @@ class Room:
 
 ROOMS = (
     Room(
-        "src/base",
-        (*BASE, "base/*"),
-        "base needs the standard library only",
-        ("thread", "mutex", "fstream"),
+        "src/plan",
+        PLAN,
+        "plan is arithmetic over the standard library: no torch, no threads, no I/O",
+        NO_SIDE_EFFECTS,
     ),
     Room(
-        "src/plan",
-        (*PLAN, "base/*"),
-        "plan is arithmetic over base: no torch, no threads, no I/O",
-        ("thread", "mutex", "shared_mutex", "condition_variable", "future", "atomic")
-        + ("stop_token", "semaphore", "latch", "barrier")
-        + ("iostream", "fstream", "istream", "ostream", "filesystem", "cstdio"),
+        "src/model",
+        MODEL,
+        "model is arithmetic over plan: no torch, no threads, no I/O",
+        NO_SIDE_EFFECTS,
     ),
     Room(
         "src/comm",
-        (*COMM, "base/*", "comm/*"),
-        "the comm interface needs base, ATen/core and c10, and names no backend",
-        ("comm/local/*", "comm/c10d/*", "comm/nccl/*", "comm/shm/*"),
+        (*COMM, "torch/csrc/distributed/c10d/Store.hpp"),
+        "the comm interface needs ATen/core, c10 and c10d's Store, and names no backend",
+        BACKENDS,
     ),
     Room(
         "src/comm/local",
-        (*COMM, "mics/local_world.h", "base/*", "comm/*"),
+        (*COMM, "mics/local_world.h"),
         "comm/local needs the comm interface only",
-        ("comm/c10d/*", "comm/nccl/*"),
-    ),
-    Room(
-        "src/comm/store",
-        (*BASE, *TORCH, "comm/store/*", "torch/csrc/distributed/c10d/*"),
-        "comm/store needs c10d's Store only",
+        other_backends("local"),
     ),
     Room(
         "src/comm/c10d",
-        (
-            *COMM,
-            *public("c10d_communicator.h", "store_reports.h"),
-            "base/*",
-            "comm/*",
-            "torch/csrc/distributed/c10d/*",
-        ),
+        (*COMM, "mics/c10d_communicator.h", "torch/csrc/distributed/c10d/*"),
         "comm/c10d needs the comm interface and c10d",
-        ("comm/local/*", "comm/nccl/*"),
+        other_backends("c10d"),
     ),
     Room(
         "src/comm/shm",
-        (*COMM, "mics/shm_communicator.h", "base/*", "comm/*", "sys/*", "linux/futex.h")
+        (*COMM, "mics/shm_communicator.h", "sys/*", "linux/futex.h")
         + ("dirent.h", "fcntl.h", "sched.h", "unistd.h"),
         "comm/shm needs the comm interface and the operating system",
-        ("comm/local/*", "comm/c10d/*", "comm/nccl/*"),
+        other_backends("shm"),
     ),
     Room(
         "src/comm/nccl",
-        (*COMM, "mics/nccl_*.h", "base/*", "comm/*", "nccl.h", "cuda_runtime_api.h", "dlfcn.h")
+        (*COMM, "mics/nccl_*.h", "nccl.h", "cuda_runtime_api.h", "dlfcn.h")
         + ("unistd.h", "torch/csrc/distributed/c10d/*"),
         "comm/nccl needs the comm interface, NCCL, the CUDA runtime and c10d's Store",
-        ("comm/local/*", "comm/c10d/*"),
-    ),
-    Room(
-        "src/shard",
-        (*PLAN, *public(*SHARD_HEADERS), *TORCH, "base/*", "shard/*"),
-        "shard needs plan and ATen",
-    ),
-    Room(
-        "src/collective",
-        (*PLAN, *COMM, *public(*COLLECTIVE_HEADERS), "base/*", "collective/*"),
-        "collective needs plan and the comm interface, never a backend",
+        other_backends("nccl"),
     ),
     Room(
         "src/optim",
-        (*BASE, *public("storage_part.h", *OPTIM_HEADERS), *TORCH, "base/*", "optim/*"),
-        "optim needs base, parts of storages and ATen",
+        (*BASE, *public(*OPTIM_HEADERS), *TORCH, "optim/*"),
+        "optim needs ATen",
     ),
     Room(
         "src/runtime",
-        (*PLAN, *COMM, *public(*SHARD_HEADERS, *COLLECTIVE_HEADERS, *RUNTIME_HEADERS))
-        + ("base/*", "comm/*", "shard/*", "collective/*", "runtime/*", "torch/csrc/autograd/*"),
-        "runtime needs the rooms below it and never a backend",
-        ("comm/local/*", "comm/c10d/*", "comm/nccl/*", "comm/shm/*"),
+        (*PLAN, *COMM, *public(*RUNTIME_HEADERS), "runtime/*", "torch/csrc/autograd/*"),
+        "runtime needs plan, the comm interface and autograd, never a backend",
+        BACKENDS,
     ),
     Room(
         "include/mics",
@@ -164,8 +125,9 @@ ROOMS = (
     ),
     Room(
         "python/csrc",
-        (STD, BESIDE, "mics/*", "torch/*", "pybind11/*", "Python.h", *TORCH),
-        "python/csrc needs include/mics only, beside torch and pybind11",
+        (STD, BESIDE, "mics/*", "plan/check.h", "optim/*", "runtime/runtime_memory.h")
+        + ("comm/c10d/store_reports.h", "torch/*", "pybind11/*", "Python.h", *TORCH),
+        "python/csrc needs include/mics and what it binds beside, torch and pybind11",
         ("nccl.h", "cuda_runtime_api.h"),
     ),
     Room(
@@ -175,61 +137,34 @@ ROOMS = (
     ),
     Room(
         "tests/cpp",
-        (
-            STD,
-            "signal.h",
-            "sys/wait.h",
-            "unistd.h",
-            "mics/*",
-            "gtest/*",
-            "gmock/*",
-            "support/*",
-            "torch/csrc/distributed/c10d/*",
-            *TORCH,
-        )
-        + (
-            "torch/csrc/autograd/*",
-            "base/*",
-            "plan/*",
-            "comm/*",
-            "shard/*",
-            "collective/*",
-            "optim/*",
-            "runtime/*",
-        ),
+        (STD, "signal.h", "sys/wait.h", "unistd.h", "mics/*", "gtest/*", "gmock/*", "support/*")
+        + ("torch/csrc/distributed/c10d/*", "torch/csrc/autograd/*", *TORCH)
+        + ("plan/*", "model/*", "comm/*", "optim/*", "runtime/*"),
         "a C++ test needs no Python",
     ),
 )
 
 # A public header takes the rule of its room too, so that a lower room cannot reach up through it.
 HEADER_LAYERS = (
-    (BASE_HEADERS, public(*BASE_HEADERS), "a base header includes no other room"),
-    (PLAN_HEADERS, public(*BASE_HEADERS, *PLAN_HEADERS), "a plan header includes base and plan"),
+    (PLAN_HEADERS, public(*PLAN_HEADERS), "a plan header includes plan"),
     (
-        COMM_HEADERS,
-        public(*BASE_HEADERS, *COMM_HEADERS),
-        "a comm header includes base and comm",
+        MODEL_HEADERS,
+        public(*PLAN_HEADERS, *(f"model/{name}" for name in MODEL_HEADERS)),
+        "a model header includes plan and model",
     ),
     (
-        SHARD_HEADERS,
-        public(*BASE_HEADERS, *PLAN_HEADERS, *SHARD_HEADERS),
-        "a shard header includes base, plan and shard",
+        (*COMM_HEADERS, *BACKEND_HEADERS),
+        public("error.h", *COMM_HEADERS),
+        "a comm header includes the comm interface",
     ),
     (
-        COLLECTIVE_HEADERS,
-        public(
-            *BASE_HEADERS,
-            *PLAN_HEADERS,
-            "stream.h",
-            "communicator.h",
-            "flight_log.h",
-            *COLLECTIVE_HEADERS,
-        ),
-        "a collective header includes plan and the comm interface",
+        RUNTIME_HEADERS,
+        public(*PLAN_HEADERS, *COMM_HEADERS, *RUNTIME_HEADERS),
+        "a runtime header includes plan, the comm interface and runtime",
     ),
-    (OPTIM_HEADERS, public(*BASE_HEADERS, *OPTIM_HEADERS), "an optim header includes base"),
+    (OPTIM_HEADERS, public("error.h"), "an optim header includes no other room"),
 )
-NO_TORCH_HEADERS = (*BASE_HEADERS, *PLAN_HEADERS)
+NO_TORCH_HEADERS = (*PLAN_HEADERS, *MODEL_HEADERS)
 
 BINDING_ONLY = re.compile(
     r"pybind11|^Python\.h$|^torch/(extension|python)\.h$|torch/csrc/utils/|/python_"
@@ -293,7 +228,7 @@ def cpp_violations(path: str, text: str) -> list[str]:
                 if name in names and header.startswith("mics/") and header not in allowed:
                     broken.append(rule)
             if name in NO_TORCH_HEADERS and matches(header, TORCH):
-                broken.append("base and plan headers include no torch")
+                broken.append("plan and model headers include no torch")
         violations += [f"{path}:{line}: includes {header} (rule: {rule})" for rule in broken]
     return violations
 
@@ -382,25 +317,29 @@ def test_visible_top_level_entries_are_the_agreed_ones():
 @pytest.mark.parametrize(
     ("path", "header", "rule"),
     [
-        ("src/base/check.cc", "mics/topology.h", "base needs"),
         ("src/plan/topology.cc", "ATen/core/Tensor.h", "no torch"),
         ("src/plan/topology.cc", "thread", "no threads"),
         ("src/plan/topology.cc", "fstream", "no I/O"),
-        ("src/plan/topology.cc", "mics/communicator.h", "arithmetic over base"),
+        ("src/plan/topology.cc", "mics/communicator.h", "arithmetic over the standard"),
+        ("src/plan/schedule.cc", "mics/model/workload.h", "arithmetic over the standard"),
+        ("src/model/planner.cc", "mics/stream.h", "arithmetic over plan"),
         ("src/comm/stream.cc", "mics/topology.h", "the comm interface"),
-        ("src/comm/stream.cc", "comm/local/local_communicator.h", "names no backend"),
-        ("src/comm/local/local_communicator.cc", "torch/csrc/distributed/c10d/Store.hpp", "local"),
-        ("src/shard/full_buffer.cc", "mics/communicator.h", "shard needs"),
-        ("src/collective/unit_collectives.cc", "mics/c10d_communicator.h", "never a backend"),
-        ("src/collective/unit_collectives.cc", "mics/unit.h", "collective needs"),
+        ("src/comm/stream.cc", "comm/local/local_world.h", "names no backend"),
+        ("src/comm/local/local_world.cc", "torch/csrc/distributed/c10d/Store.hpp", "local"),
+        ("src/comm/shm/segment.cc", "comm/nccl/nccl_api.h", "comm/shm needs"),
+        ("src/optim/flat_optimizer.cc", "mics/communicator.h", "optim needs"),
+        ("src/runtime/unit_collectives.cc", "mics/c10d_communicator.h", "never a backend"),
+        ("src/runtime/engine.cc", "mics/model/workload.h", "runtime needs"),
         ("src/runtime/engine.cc", "comm/c10d/c10d_communicator.h", "never a backend"),
         ("src/runtime/engine.cc", "pybind11/pybind11.h", "only python/csrc"),
         ("src/runtime/engine.cc", "Python.h", "only python/csrc"),
         ("include/mics/engine.h", "torch/csrc/distributed/c10d/Store.hpp", "a public header"),
         ("include/mics/engine.h", "ATen/ATen.h", "a public header"),
+        ("include/mics/engine.h", "runtime/prefetcher.h", "a public header"),
         ("include/mics/topology.h", "mics/unit.h", "a plan header"),
         ("include/mics/topology.h", "c10/util/Exception.h", "no torch"),
-        ("python/csrc/module.cc", "runtime/engine.h", "include/mics only"),
+        ("include/mics/unit.h", "mics/nccl_world.h", "a runtime header"),
+        ("python/csrc/module.cc", "runtime/prefetcher.h", "include/mics and what it binds"),
         ("tests/cpp/engine_test.cc", "torch/extension.h", "a C++ test"),
     ],
 )
@@ -416,7 +355,7 @@ def test_checker_reports_file_line_and_rule(path: str, header: str, rule: str):
     [
         (
             "src/plan/topology.cc",
-            '#include "mics/topology.h"\n#include <map>\n#include "mics/check.h"',
+            '#include "mics/topology.h"\n#include <map>\n#include "plan/check.h"',
         ),
         ("src/comm/c10d/x.cc", "#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>\n"),
         ("src/runtime/engine.cc", '#include "mics/unit.h"\n#include <thread>\n'),

@@ -98,7 +98,7 @@ def _of_two_sizes(points: list[Measurement]) -> list[Measurement]:
     return points
 
 
-# The formulas of include/mics/cost_model.h, linear in what is fitted; the last is 1 / bandwidth.
+# The formulas of include/mics/model/cost_model.h, linear in what is fitted; the last is 1 / bandwidth.
 def _intra_row(m: Measurement) -> tuple[float, ...]:
     return (m.num_ranks - 1.0, (m.num_ranks - 1) / m.num_ranks * m.nbytes)
 

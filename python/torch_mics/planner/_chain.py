@@ -19,7 +19,7 @@ def chain_seconds(
     hierarchical: bool = True,
     element_nbytes: int = 4,
 ) -> float:
-    """Predicts the seconds of one step by the time model (include/mics/step_model.h).
+    """Predicts the seconds of one step by the time model (include/mics/model/step_model.h).
 
     Each layer is a unit; its backward takes twice its forward, and communication slows neither.
 

@@ -7,8 +7,8 @@
 #include <utility>
 
 #include "comm/c10d/staging.h"
-#include "mics/check.h"
 #include "mics/error.h"
+#include "plan/check.h"
 
 namespace mics {
 

@@ -1,4 +1,4 @@
-#include "mics/store_reports.h"
+#include "comm/c10d/store_reports.h"
 
 #include <condition_variable>
 #include <mutex>
@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "comm/store/store_clone.h"
+#include "comm/store_clone.h"
 
 namespace mics {
 

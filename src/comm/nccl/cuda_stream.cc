@@ -5,7 +5,7 @@
 #include <thread>
 #include <utility>
 
-#include "mics/check.h"
+#include "plan/check.h"
 
 namespace mics {
 

@@ -1,6 +1,5 @@
-// CudaStream: a Stream of a device. Waits between streams are edges on the device; the host stands
-// still only in synchronize(), and there it looks at the device instead of waiting in it, so that a
-// failure of the world ends the wait.
+// CudaStream: a Stream of a device. Waits between streams are edges on the device. The host waits
+// only in synchronize(), where it polls the device, so that a failure of the world ends the wait.
 #pragma once
 
 #include <memory>

@@ -1,4 +1,4 @@
-// EventPool: CUDA events that are used again. Making or destroying one may wait for the device.
+// EventPool: recycles CUDA events, because making or destroying one may wait for the device.
 //
 // Thread safety: any thread. Events may outlive the pool's owner: each holds the pool.
 #pragma once

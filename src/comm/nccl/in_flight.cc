@@ -4,8 +4,8 @@
 #include <utility>
 #include <vector>
 
-#include "mics/check.h"
 #include "mics/error.h"
+#include "plan/check.h"
 
 namespace mics {
 
@@ -53,11 +53,13 @@ void InFlight::drain(TimePoint deadline) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       if (operations_.empty()) return;
-    }
-    if (std::chrono::steady_clock::now() > deadline) {
-      throw TimeoutError(
-          "collectives must end before their communicator is closed: some are still "
-          "under way. See docs/errors.md#timeouts.");
+      if (std::chrono::steady_clock::now() > deadline) {
+        const LaunchedOperation& oldest = operations_.front();
+        throw TimeoutError(detail::concatenate(
+            "collectives must end before their communicator is closed: got operation ",
+            oldest.number, ", ", oldest.what, ", still in flight, and ", operations_.size() - 1,
+            " after it (", where_, "). A peer has not issued it; see docs/errors.md#timeouts."));
+      }
     }
     std::this_thread::sleep_for(std::chrono::microseconds(100));
   }
@@ -80,8 +82,8 @@ bool InFlight::has_passed(cudaEvent_t event) const {
   return true;
 }
 
-std::optional<InFlight::Late> InFlight::look(TimePoint now, std::chrono::milliseconds timeout,
-                                             std::chrono::milliseconds start_timeout) {
+std::optional<InFlight::Overdue> InFlight::poll(TimePoint now, std::chrono::milliseconds timeout,
+                                                std::chrono::milliseconds start_timeout) {
   const std::lock_guard<std::mutex> lock(mutex_);
   for (LaunchedOperation& operation : operations_) {
     if (operation.is_done) continue;
@@ -101,9 +103,9 @@ std::optional<InFlight::Late> InFlight::look(TimePoint now, std::chrono::millise
     const char* state = operation.started_at    ? ", has run for "
                         : operation.is_launched ? ", has waited to start for "
                                                 : ", has been in its launch for ";
-    return Late{detail::concatenate("operation ", operation.number, ", ", operation.what, state,
-                                    seconds(now - since), " s"),
-                operation.log, operation.log_id};
+    return Overdue{detail::concatenate("operation ", operation.number, ", ", operation.what, state,
+                                       seconds(now - since), " s (", where_, ")"),
+                   operation.log, operation.log_id};
   }
   return std::nullopt;
 }

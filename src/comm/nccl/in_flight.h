@@ -1,7 +1,7 @@
 // InFlight: the operations of one communicator that are launched and not known to be done.
 //
 //   begin(...)  launching...  launched()      the launching thread
-//   look(now)                                 the watchdog: marks what has started and ended
+//   poll(now)                                 the watchdog: marks what has started and ended
 //   reclaim()                                 the launching thread: frees what has ended
 //
 // The watchdog frees nothing: what an operation holds may need the GIL, or wait for the device.
@@ -41,35 +41,39 @@ struct LaunchedOperation {
 class InFlight {
  public:
   using TimePoint = std::chrono::steady_clock::time_point;
-  explicit InFlight(std::shared_ptr<const CudaContext> context) : context_(std::move(context)) {}
+  // `where` as NcclHandle::where(), for messages.
+  InFlight(std::shared_ptr<const CudaContext> context, std::string where)
+      : context_(std::move(context)), where_(std::move(where)) {}
 
   // Watched from here on; address stays until it is reclaimed.
   LaunchedOperation& begin(LaunchedOperation operation);
   // Its events are recorded.
   void launched(LaunchedOperation& operation);
   void reclaim();
-  // Returns when all are done and freed. Throws the world's failure, or TimeoutError at `deadline`.
+  // Returns when all are done and freed. Throws the world's failure, or at `deadline` TimeoutError
+  // with the oldest operation.
   void drain(TimePoint deadline);
   // No operation has ever begun.
   [[nodiscard]] bool is_unused() const;
   // Of the newest operation; may be null.
   [[nodiscard]] std::shared_ptr<FlightLog> log() const;
 
-  // What is late, in words: "operation 3, all_gather of ..., has run for 600.1 s".
-  struct Late {
+  // What is overdue: "operation 3, all_gather of ..., has run for 600.1 s (group ...)".
+  struct Overdue {
     std::string what;
     std::shared_ptr<FlightLog> log;
     int64_t log_id = 0;
   };
-  // Marks what has started or ended by `now`, and says what is late. Throws CommError for an error
-  // of the device.
-  [[nodiscard]] std::optional<Late> look(TimePoint now, std::chrono::milliseconds timeout,
-                                         std::chrono::milliseconds start_timeout);
+  // Marks what has started or ended by `now`, and returns what is overdue. Throws CommError for an
+  // error of the device.
+  [[nodiscard]] std::optional<Overdue> poll(TimePoint now, std::chrono::milliseconds timeout,
+                                            std::chrono::milliseconds start_timeout);
 
  private:
   [[nodiscard]] bool has_passed(cudaEvent_t event) const;
 
   const std::shared_ptr<const CudaContext> context_;
+  const std::string where_;
   mutable std::mutex mutex_;
   // Guarded by mutex_.
   std::deque<LaunchedOperation> operations_;

@@ -1,6 +1,6 @@
-// LaunchOrder: keeps the operations of a rank that are under way to a number, over all
-// communicators in the order of launch, by edges on the device. Too many at once could hold all of
-// its SMs while each waits for a peer whose kernel finds no place.
+// LaunchOrder: bounds the operations of a rank in flight, over all communicators, by edges on the
+// device in the order of launch. Too many at once could hold all SMs while each waits for a peer
+// whose kernel finds no free one.
 //
 // Thread safety: one thread at a time.
 #pragma once

@@ -1,4 +1,4 @@
-// Library: a shared library that may be loaded already, and its entry points by name.
+// Library: a shared library, loaded when it is not yet, and its entry points by name.
 #pragma once
 
 #include <initializer_list>

@@ -5,8 +5,8 @@
 
 #include <utility>
 
-#include "mics/check.h"
 #include "mics/error.h"
+#include "plan/check.h"
 
 namespace mics {
 
@@ -75,7 +75,10 @@ void NcclCommunicator::submit(Stream& stream, std::string_view op, std::string_v
     stream_ = cuda_stream_of(stream).handle();
     comm_ = handle_->get();
     context.failure->rethrow_if_set();  // that may have ended the handle before it was read
-    if (comm_ == nullptr) throw CommError("a communicator must not be used after close().");
+    if (comm_ == nullptr) {
+      throw CommError("a communicator must not be used after close(): got " + operation->what +
+                      " (" + handle_->where() + ").");
+    }
     shared_.order->order(*context.cuda, stream_);
     check_cuda(*context.cuda, context.cuda->event_record(operation->start.get(), stream_),
                "cudaEventRecord");
@@ -109,7 +112,7 @@ LaunchedOperation NcclCommunicator::describe(std::string_view op, std::string_vi
 
 void NcclCommunicator::check(ncclResult_t result, const char* call) {
   if (result == ncclSuccess) return;
-  finish_call(*shared_.nccl, result, comm_, call,
+  finish_call(*shared_.nccl, result, comm_, call, handle_->where(),
               std::chrono::steady_clock::now() + shared_.timeout);
 }
 

@@ -34,7 +34,7 @@ class NcclCommunicator final : public Communicator {
   ~NcclCommunicator() override;
 
   void barrier() override;
-  // Nothing once the world has failed: a look at the device would throw.
+  // Does nothing once the world has failed: polling the device would throw.
   void release_finished() override {
     if (!shared_.context->failure->is_set()) in_flight_->reclaim();
   }
@@ -68,8 +68,8 @@ class NcclCommunicator final : public Communicator {
   const std::shared_ptr<InFlight> in_flight_;
   const int process_;  // that made it: communicators do not survive a fork
   int64_t num_launched_ = 0;
-  ncclComm_t comm_ = nullptr;      // of the launch under way
-  cudaStream_t stream_ = nullptr;  // of the launch under way
+  ncclComm_t comm_ = nullptr;      // of the current launch
+  cudaStream_t stream_ = nullptr;  // of the current launch
 };
 
 }  // namespace mics

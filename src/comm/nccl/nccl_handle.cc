@@ -20,13 +20,14 @@ std::string describe_failure(NcclApi& nccl, ncclResult_t result, ncclComm_t comm
 }  // namespace
 
 void finish_call(NcclApi& nccl, ncclResult_t result, ncclComm_t comm, const char* call,
-                 std::chrono::steady_clock::time_point deadline) {
+                 const std::string& where, std::chrono::steady_clock::time_point deadline) {
   std::chrono::microseconds pause{10};
   while (result == ncclInProgress) {
     if (std::chrono::steady_clock::now() > deadline) {
       throw TimeoutError(std::string(call) +
-                         " must end in time: a peer has not joined, or NCCL "
-                         "waits for the network. See docs/errors.md#timeouts.");
+                         " must end in time: a peer has not joined, or NCCL waits for the network "
+                         "(" +
+                         where + "). See docs/errors.md#timeouts.");
     }
     std::this_thread::sleep_for(pause);
     pause = std::min(pause * 2, std::chrono::microseconds(1000));
@@ -34,7 +35,8 @@ void finish_call(NcclApi& nccl, ncclResult_t result, ncclComm_t comm, const char
     if (asked != ncclSuccess) result = asked;
   }
   if (result == ncclSuccess) return;
-  throw CommError(std::string(call) + " failed: " + describe_failure(nccl, result, comm));
+  throw CommError(std::string(call) + " failed: " + describe_failure(nccl, result, comm) + " (" +
+                  where + ").");
 }
 
 ncclComm_t NcclHandle::get() const {
@@ -64,14 +66,14 @@ void NcclHandle::close(std::chrono::milliseconds timeout) {
   if (comm_ == nullptr) return;
   const auto deadline = std::chrono::steady_clock::now() + timeout;
   try {
-    finish_call(*nccl_, nccl_->comm_finalize(comm_), comm_, "ncclCommFinalize", deadline);
+    finish_call(*nccl_, nccl_->comm_finalize(comm_), comm_, "ncclCommFinalize", where_, deadline);
   } catch (...) {
     (void)nccl_->comm_abort(comm_);
     comm_ = nullptr;
     throw;
   }
   const ncclComm_t comm = std::exchange(comm_, nullptr);
-  finish_call(*nccl_, nccl_->comm_destroy(comm), nullptr, "ncclCommDestroy", deadline);
+  finish_call(*nccl_, nccl_->comm_destroy(comm), nullptr, "ncclCommDestroy", where_, deadline);
 }
 
 }  // namespace mics

@@ -13,28 +13,29 @@ namespace mics {
 // Thread safety: any thread; launches with what get() gave may meet an abort, as NCCL allows.
 class NcclHandle {
  public:
-  NcclHandle(std::shared_ptr<NcclApi> nccl, std::string name, ncclComm_t comm)
-      : nccl_(std::move(nccl)), name_(std::move(name)), comm_(comm) {}
+  // `where`: "group gather/intra [0 1], world_rank=1", for messages.
+  NcclHandle(std::shared_ptr<NcclApi> nccl, std::string where, ncclComm_t comm)
+      : nccl_(std::move(nccl)), where_(std::move(where)), comm_(comm) {}
 
   // Null once it has ended.
   [[nodiscard]] ncclComm_t get() const;
-  [[nodiscard]] const std::string& name() const { return name_; }
+  [[nodiscard]] const std::string& where() const { return where_; }
   // Empty: none.
   [[nodiscard]] std::string async_error() const;
   void abort() noexcept;
-  // Lets its resources go; nothing may be under way. Throws CommError.
+  // Frees its resources; nothing may be in flight. Throws as finish_call().
   void close(std::chrono::milliseconds timeout);
 
  private:
   const std::shared_ptr<NcclApi> nccl_;
-  const std::string name_;
+  const std::string where_;
   mutable std::mutex mutex_;
   ncclComm_t comm_;  // guarded by mutex_
 };
 
-// Waits while a non-blocking communicator is at work, until `deadline`. Throws CommError "<call>
-// failed: ..." or TimeoutError.
+// Polls a call of a non-blocking communicator until it ends, at most until `deadline`. Throws
+// CommError "<call> failed: ... (<where>)" or TimeoutError "<call> must end in time ... (<where>)".
 void finish_call(NcclApi& nccl, ncclResult_t result, ncclComm_t comm, const char* call,
-                 std::chrono::steady_clock::time_point deadline);
+                 const std::string& where, std::chrono::steady_clock::time_point deadline);
 
 }  // namespace mics

@@ -4,8 +4,8 @@
 
 #include <utility>
 
-#include "mics/check.h"
 #include "mics/error.h"
+#include "plan/check.h"
 
 namespace mics {
 
@@ -15,6 +15,7 @@ NcclMemory::NcclMemory(std::shared_ptr<const CudaContext> context, std::shared_p
       nccl_(std::move(nccl)),
       asked_(options.registration),
       timeout_(options.init_timeout),
+      where_("world_rank=" + std::to_string(options.rank)),
       used_(asked_) {
   if ((used_ == NcclRegistration::kWindows && !nccl_->has_windows()) ||
       !nccl_->has_registration()) {
@@ -27,7 +28,7 @@ at::Tensor NcclMemory::allocate(int64_t nbytes) {
   check_cuda(*context_->cuda, context_->cuda->set_device(context_->device), "cudaSetDevice");
   void* memory = nullptr;
   finish_call(*nccl_, nccl_->mem_alloc(&memory, static_cast<size_t>(nbytes)), nullptr,
-              "ncclMemAlloc", std::chrono::steady_clock::now() + timeout_);
+              "ncclMemAlloc", where_, std::chrono::steady_clock::now() + timeout_);
   const c10::Device device = context_->cuda->tensor_device(context_->device);
   return at::from_blob(
       memory, {nbytes}, [nccl = nccl_](void* freed) { (void)nccl->mem_free(freed); },
@@ -46,9 +47,9 @@ std::shared_ptr<void> NcclMemory::register_with(const std::shared_ptr<NcclHandle
       is_window ? nccl_->comm_window_register(comm, memory.mutable_data_ptr(), nbytes, &registered)
                 : nccl_->comm_register(comm, memory.mutable_data_ptr(), nbytes, &registered);
   finish_call(*nccl_, result, comm, is_window ? "ncclCommWindowRegister" : "ncclCommRegister",
-              std::chrono::steady_clock::now() + timeout_);
+              handle->where(), std::chrono::steady_clock::now() + timeout_);
   if (registered == nullptr) {
-    without_window_.push_back(handle->name());
+    without_window_.push_back(handle->where());
     return nullptr;
   }
   return {registered, [nccl = nccl_, handle, is_window](void* ended) {

@@ -29,12 +29,12 @@ class NcclMemory {
   // [nbytes], bytes; freed with its last tensor. Undefined when nothing is registered: torch's own
   // memory is as good. Throws CommError.
   [[nodiscard]] at::Tensor allocate(int64_t nbytes);
-  // Called by each member, with memory of allocate() of the same size, while nothing is under way
-  // on the communicator. Ends with the handle that it gives, and then too nothing may be under way.
-  // Null when nothing is registered. Throws CommError, TimeoutError.
+  // Called by each member, with memory of allocate() of the same size, while nothing is in flight
+  // on the communicator. The registration ends with the returned handle, when again nothing may be
+  // in flight. Null when nothing is registered. Throws CommError, TimeoutError.
   [[nodiscard]] std::shared_ptr<void> register_with(const std::shared_ptr<NcclHandle>& handle,
                                                     const at::Tensor& memory);
-  // What was asked for and not obtained.
+  // Options that could not be honoured.
   [[nodiscard]] std::vector<std::string> notes() const;
 
  private:
@@ -42,8 +42,9 @@ class NcclMemory {
   const std::shared_ptr<NcclApi> nccl_;
   const NcclRegistration asked_;
   const std::chrono::milliseconds timeout_;
+  const std::string where_;  // for messages
   NcclRegistration used_;
-  // Where NCCL writes what it registers; in non-blocking mode also after a call that was given up.
+  // Where NCCL writes handles; in non-blocking mode also after a call that has timed out.
   std::deque<void*> registered_;
   std::vector<std::string> without_window_;  // communicators
 };

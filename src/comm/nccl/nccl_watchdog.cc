@@ -45,7 +45,7 @@ NcclWatchdog::NcclWatchdog(std::shared_ptr<const CudaContext> context,
       store_(std::move(store)),
       rank_(rank),
       limits_(limits),
-      next_store_look_(std::chrono::steady_clock::now() + kStoreInterval),
+      next_store_poll_(std::chrono::steady_clock::now() + kStoreInterval),
       thread_([this] { run(); }) {}
 
 void NcclWatchdog::stop() {
@@ -88,47 +88,46 @@ void NcclWatchdog::run() {
   std::unique_lock<std::mutex> lock(mutex_);
   while (!closing_.wait_for(lock, limits_.interval, [this] { return is_closing_; })) {
     lock.unlock();
-    if (!context_->failure->is_set()) look();
+    if (!context_->failure->is_set()) poll();
     lock.lock();
   }
 }
 
-void NcclWatchdog::look() {
+void NcclWatchdog::poll() {
   try {
     const auto now = std::chrono::steady_clock::now();
     for (const Watched& one : watched()) {
       const std::string error = one.handle->async_error();
-      const std::optional<InFlight::Late> late =
-          one.in_flight->look(now, limits_.timeout, limits_.start_timeout);
+      const std::optional<InFlight::Overdue> overdue =
+          one.in_flight->poll(now, limits_.timeout, limits_.start_timeout);
       if (!error.empty()) {
         const std::shared_ptr<FlightLog> log = one.in_flight->log();
         return fail(std::make_exception_ptr(CommError(
-                        "NCCL reported an error in group " + one.handle->name() +
-                        " (world_rank=" + std::to_string(rank_) + "): " + error +
+                        "NCCL reported an error in " + one.handle->where() + ": " + error +
                         ". Look at the first rank that failed; NCCL_DEBUG=WARN says more.")),
                     log.get());
       }
-      if (late) {
-        if (late->log != nullptr) late->log->fail(late->log_id);
-        return fail(
-            std::make_exception_ptr(TimeoutError(
-                "every member of a group must issue the same collectives in time: " + late->what +
-                " (group " + one.handle->name() + ", world_rank=" + std::to_string(rank_) +
-                "). See docs/errors.md#timeouts.")),
-            late->log.get());
+      if (overdue) {
+        if (overdue->log != nullptr) overdue->log->fail(overdue->log_id);
+        return fail(std::make_exception_ptr(TimeoutError(
+                        "every member of a group must issue the same collectives in time: " +
+                        overdue->what + ". See docs/errors.md#timeouts.")),
+                    overdue->log.get());
       }
     }
-    if (has_store_ended_ || now < next_store_look_) return;
-    next_store_look_ = now + std::max(kStoreInterval, limits_.interval);
+    if (has_store_ended_ || now < next_store_poll_) return;
+    next_store_poll_ = now + std::max(kStoreInterval, limits_.interval);
   } catch (const std::exception& error) {
-    return fail(std::make_exception_ptr(
-                    CommError(std::string("the watchdog must reach the device: ") + error.what())),
-                nullptr);
+    const std::string text = error.what();
+    return fail(
+        std::make_exception_ptr(CommError("the watchdog must reach the device: got \"" + text +
+                                          "\" (world_rank=" + std::to_string(rank_) + ").")),
+        nullptr);
   }
-  look_into_store();
+  poll_store();
 }
 
-void NcclWatchdog::look_into_store() {
+void NcclWatchdog::poll_store() {
   try {
     if (!store_->check({kFailureKey})) return;
     fail(std::make_exception_ptr(

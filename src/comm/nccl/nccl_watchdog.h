@@ -1,5 +1,5 @@
-// NcclWatchdog: looks after the communicators of a world, on a thread of its own, and ends them all
-// when one fails here or on another rank.
+// NcclWatchdog: polls the communicators of a world, on a thread of its own, and aborts them all when
+// one fails here or on another rank.
 //
 // It frees no tensor, destroys no event and never takes the GIL.
 //
@@ -47,9 +47,9 @@ class NcclWatchdog {
     std::shared_ptr<InFlight> in_flight;
   };
   void run();
-  void look();
-  // Ends all when another rank has.
-  void look_into_store();
+  void poll();
+  // Aborts all when another rank has failed.
+  void poll_store();
   [[nodiscard]] std::vector<Watched> watched() const;
   void abort_all() noexcept;
 
@@ -58,7 +58,7 @@ class NcclWatchdog {
   const int rank_;
   const Limits limits_;
   // Of the thread.
-  std::chrono::steady_clock::time_point next_store_look_;
+  std::chrono::steady_clock::time_point next_store_poll_;
   bool has_store_ended_ = false;
   mutable std::mutex mutex_;
   std::condition_variable closing_;

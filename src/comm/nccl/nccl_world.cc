@@ -10,9 +10,9 @@
 #include "comm/nccl/nccl_communicator.h"
 #include "comm/nccl/nccl_memory.h"
 #include "comm/nccl/nccl_watchdog.h"
-#include "comm/store/store_clone.h"
-#include "mics/check.h"
+#include "comm/store_clone.h"
 #include "mics/error.h"
+#include "plan/check.h"
 
 namespace mics {
 
@@ -133,35 +133,10 @@ class NcclWorldOfRank final : public NcclWorld {
     const std::shared_ptr<NcclHandle> parent = common_parent(
         wait_for_all(*store_, topic, group.world_ranks, options_.rank, options_.init_timeout));
 
-    check_cuda(*context_->cuda, context_->cuda->set_device(options_.device), "cudaSetDevice");
-    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-    config.blocking = options_.is_blocking ? 1 : 0;
-    config.splitShare = 0;  // children that share resources run one after the other
-    if (options_.max_ctas > 0) config.maxCTAs = options_.max_ctas;
-    if (options_.copy_engine && only_gathers) set_zero_ctas(config);
-    const std::string comm_name = "mics/" + group.name;
-    config.commName = comm_name.c_str();
-
-    const auto deadline = std::chrono::steady_clock::now() + options_.init_timeout;
-    ncclComm_t comm = nullptr;
-    const char* call = parent != nullptr ? "ncclCommSplit" : "ncclCommInitRankConfig";
-    try {
-      const ncclResult_t result =
-          parent != nullptr ? nccl_->comm_split(parent->get(), 0, rank, &comm, &config)
-                            : nccl_->comm_init_rank_config(&comm, group.size(),
-                                                           exchange_id(topic, rank), rank, &config);
-      finish_call(*nccl_, result, comm, call, deadline);
-    } catch (const TimeoutError&) {
-      if (comm != nullptr) (void)nccl_->comm_abort(comm);
-      throw;
-    } catch (const CommError& error) {
-      if (comm != nullptr) (void)nccl_->comm_abort(comm);
-      throw CommError(detail::concatenate("NCCL must start the communicator: got \"", error.what(),
-                                          "\" (group ", name, ", world_rank=", options_.rank,
-                                          "). NCCL_DEBUG=WARN says more."));
-    }
-    const auto handle = std::make_shared<NcclHandle>(nccl_, name, comm);
-    const auto in_flight = std::make_shared<InFlight>(context_);
+    const std::string where = detail::concatenate("group ", name, ", world_rank=", options_.rank);
+    ncclComm_t comm = start(group, topic, parent.get(), only_gathers, where);
+    const auto handle = std::make_shared<NcclHandle>(nccl_, where, comm);
+    const auto in_flight = std::make_shared<InFlight>(context_, where);
     watchdog_->watch(handle, in_flight);
     made_.push_back({topic, group.world_ranks, handle, in_flight});
     return std::make_unique<NcclCommunicator>(
@@ -230,6 +205,39 @@ class NcclWorldOfRank final : public NcclWorld {
     std::shared_ptr<InFlight> in_flight;
   };
 
+  // A collective: every member calls it for `topic`. `parent` may be null.
+  ncclComm_t start(const GroupInfo& group, const std::string& topic, const NcclHandle* parent,
+                   bool only_gathers, const std::string& where) {
+    check_cuda(*context_->cuda, context_->cuda->set_device(options_.device), "cudaSetDevice");
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    config.blocking = options_.is_blocking ? 1 : 0;
+    config.splitShare = 0;  // children that share resources run one after the other
+    if (options_.max_ctas > 0) config.maxCTAs = options_.max_ctas;
+    if (options_.copy_engine && only_gathers) set_zero_ctas(config);
+    const std::string comm_name = "mics/" + group.name;
+    config.commName = comm_name.c_str();
+
+    const auto deadline = std::chrono::steady_clock::now() + options_.init_timeout;
+    ncclComm_t comm = nullptr;
+    try {
+      const char* call = parent != nullptr ? "ncclCommSplit" : "ncclCommInitRankConfig";
+      const ncclResult_t result =
+          parent != nullptr
+              ? nccl_->comm_split(parent->get(), 0, group.rank, &comm, &config)
+              : nccl_->comm_init_rank_config(&comm, group.size(), exchange_id(topic, group.rank),
+                                             group.rank, &config);
+      finish_call(*nccl_, result, comm, call, where, deadline);
+    } catch (const TimeoutError&) {
+      if (comm != nullptr) (void)nccl_->comm_abort(comm);
+      throw;
+    } catch (const CommError& error) {
+      if (comm != nullptr) (void)nccl_->comm_abort(comm);
+      throw CommError(std::string("NCCL must start the communicator: ") + error.what() +
+                      " NCCL_DEBUG=WARN says more.");
+    }
+    return comm;
+  }
+
   // Raises on all ranks alike, before NCCL would fail or hang.
   void check_hellos() {
     CudaApi& cuda = *context_->cuda;
@@ -271,7 +279,7 @@ class NcclWorldOfRank final : public NcclWorld {
   }
 
   void check_nccl(ncclResult_t result, const char* call) {
-    finish_call(*nccl_, result, nullptr, call,
+    finish_call(*nccl_, result, nullptr, call, "world_rank=" + std::to_string(options_.rank),
                 std::chrono::steady_clock::now() + options_.init_timeout);
   }
 

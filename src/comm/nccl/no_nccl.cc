@@ -1,6 +1,6 @@
 // What a build without NCCL's headers gives instead of nccl_world.cc.
-#include "mics/check.h"
 #include "mics/nccl_world.h"
+#include "plan/check.h"
 
 namespace mics {
 

@@ -1,5 +1,5 @@
-// Which process, and whether it still runs. A process id alone is used again; with the time at
-// which the process started it is not.
+// Identity of a process, and whether it still runs. The system uses process ids again, so the
+// identity includes the time at which the process started.
 #pragma once
 
 #include <cstdint>

@@ -11,8 +11,8 @@
 #include <thread>
 #include <utility>
 
-#include "mics/check.h"
 #include "mics/error.h"
+#include "plan/check.h"
 
 namespace mics::shm {
 

@@ -15,7 +15,7 @@
 #include "comm/shm/process.h"
 #include "comm/shm/segment.h"
 #include "comm/shm/transport.h"
-#include "mics/check.h"
+#include "plan/check.h"
 
 namespace mics {
 

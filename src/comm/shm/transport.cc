@@ -7,8 +7,8 @@
 #include <utility>
 
 #include "comm/sum_spans.h"
-#include "mics/check.h"
 #include "mics/error.h"
+#include "plan/check.h"
 
 namespace mics::shm {
 

@@ -1,4 +1,4 @@
-// Transport: rounds of a group over its segment, and what every member learns when one fails.
+// Transport: rounds of a group over its segment, and the failure that all members see.
 //
 // In a round each member fills its own half-slot, waits until all others have filled theirs, and
 // reads those. A message longer than a half takes several rounds, in alternating halves.

@@ -109,6 +109,7 @@ class Model {
   }
 
   Engine& engine() { return *engine_; }
+  Unit& unit(int layer) { return *engine_->units()[static_cast<size_t>(layer)]; }
   const LocalHops& gather() const { return *gather_; }
   const LocalHops& reduce() const { return *reduce_; }
   const Traffic& replicate() const { return replicate_->traffic(); }
@@ -149,17 +150,17 @@ class Model {
     sharded_.push_back(sharded);
     UnitOptions options;
     options.name = "layer" + std::to_string(layer);
-    options.parameters = {{"weight", {width_, width_}, sharded, own(gradient), true}};
+    options.parameters = {{"weight", {width_, width_}, sharded, own(gradient)}};
     options.shard = shard;
     options.gradient = gradient;
     options.partition_size = p;
-    options.is_outer = layer == 0;
+    options.has_nested_units = layer == 0;
     auto unit = std::make_shared<Unit>(
         options, UnitCommunicators{gather_->hops(), reduce_->hops(), replicate_.get()});
-    at::Tensor full = unit->full_views()[0];
+    at::Tensor full = unit->parameters().full_views()[0];
     full.requires_grad_(true);
     full_.push_back(full);
-    unit->set_full_parameters({full});
+    unit->parameters().set_full({full});
     return unit;
   }
 

@@ -131,8 +131,7 @@ class FakeCuda final : public CudaApi {
     on_stream(stream, work);
   }
 
-  // --- for tests and FakeNccl
-  // ---------------------------------------------------------------------
+  // --- for tests and FakeNccl ---
 
   void on_stream(cudaStream_t stream, std::function<void()> task) {
     if (stream == current_stream(0)) return task();

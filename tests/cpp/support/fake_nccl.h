@@ -7,17 +7,13 @@
 //     it stays, as the real one would, and FakeNetwork::faults() says why
 //   - sums are in rank order, as communicator.h describes those of the other backends
 //   - abort ends what waits; a communicator that has ended cannot be used
-//   - its memory holds no numbers when it is given out and none when it is given back; registering
-//     it is a collective, and not beside operations
+//   - registering memory is a collective, and not beside operations; see fake_nccl_memory.h
 #pragma once
 
 #include <chrono>
-#include <cstdlib>
-#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <set>
 #include <string>
 #include <thread>
 #include <utility>
@@ -25,15 +21,15 @@
 
 #include "comm/nccl/nccl_api.h"
 #include "support/fake_cuda.h"
+#include "support/fake_nccl_memory.h"
 #include "support/fake_network.h"
-#include "support/poisoned_memory.h"
 
 namespace mics::testing {
 
 class FakeNccl final : public NcclApi {
  public:
   FakeNccl(std::shared_ptr<FakeNetwork> network, std::shared_ptr<FakeCuda> cuda)
-      : network_(std::move(network)), cuda_(std::move(cuda)) {}
+      : network_(std::move(network)), cuda_(std::move(cuda)), memory_(network_) {}
 
   ~FakeNccl() override {
     while (own_stream_ != nullptr && cuda_->stream_query(own_stream_) == cudaErrorNotReady) {
@@ -43,8 +39,7 @@ class FakeNccl final : public NcclApi {
   FakeNccl(const FakeNccl&) = delete;
   FakeNccl& operator=(const FakeNccl&) = delete;
 
-  // --- faults
-  // --------------------------------------------------------------------------------------
+  // --- faults ---
 
   void set_version(int version) { version_ = version; }
   void set_has_split(bool has_split) { has_split_ = has_split; }
@@ -68,8 +63,7 @@ class FakeNccl final : public NcclApi {
     return std::exchange(counts_, {});
   }
 
-  // --- NcclApi
-  // -------------------------------------------------------------------------------------
+  // --- NcclApi ---
 
   ncclResult_t get_version(int* version) override {
     *version = version_;
@@ -157,24 +151,10 @@ class FakeNccl final : public NcclApi {
   ncclResult_t mem_alloc(void** memory, size_t nbytes) override {
     count("mem_alloc");
     if (const ncclResult_t result = result_of("mem_alloc"); result != ncclSuccess) return result;
-    *memory = std::aligned_alloc(kPage, (nbytes + kPage - 1) / kPage * kPage);
-    std::memset(*memory, kPoison, nbytes);
-    const std::lock_guard<std::mutex> lock(mutex_);
-    allocations_.emplace(*memory, nbytes);
+    *memory = memory_.allocate(nbytes);
     return ncclSuccess;
   }
-  ncclResult_t mem_free(void* memory) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = allocations_.find(memory);
-    if (found == allocations_.end()) return ncclInvalidArgument;
-    for (const auto& [handle, registered] : registrations_) {
-      if (registered.memory == memory) network_->add_fault("freed while it is registered");
-    }
-    std::memset(memory, kPoison, found->second);
-    std::free(memory);
-    allocations_.erase(found);
-    return ncclSuccess;
-  }
+  ncclResult_t mem_free(void* memory) override { return memory_.free(memory); }
   ncclResult_t comm_register(ncclComm_t comm, void* memory, size_t nbytes, void** handle) override {
     return add_registration("comm_register", comm, memory, nbytes, handle, /*is_window=*/false);
   }
@@ -191,10 +171,7 @@ class FakeNccl final : public NcclApi {
     return end_registration("comm_window_deregister", comm, window);
   }
   // Allocations and registrations that have not ended.
-  [[nodiscard]] int num_held() const {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return static_cast<int>(allocations_.size() + registrations_.size());
-  }
+  [[nodiscard]] int num_held() const { return memory_.num_held(); }
 
   std::string error_string(ncclResult_t result) override {
     return result == ncclRemoteError ? "remote process exited or there was a network error"
@@ -203,14 +180,6 @@ class FakeNccl final : public NcclApi {
   std::string last_error(ncclComm_t /*comm*/) override { return {}; }
 
  private:
-  static constexpr size_t kPage = 4096;
-
-  struct Registration {
-    std::shared_ptr<FakeComm> comm;
-    void* memory;
-    size_t nbytes;
-    bool is_window;
-  };
   struct UnderWay {
     std::atomic<int> now = 0;
     std::atomic<int> most = 0;
@@ -270,20 +239,9 @@ class FakeNccl final : public NcclApi {
     const std::shared_ptr<FakeComm> found = find(comm, call);
     if (found == nullptr) return ncclInvalidArgument;
     if (const ncclResult_t result = result_of(call); result != ncclSuccess) return result;
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      const auto allocation = allocations_.find(memory);
-      if (allocation == allocations_.end() || allocation->second < nbytes) {
-        return ncclInvalidArgument;
-      }
-      for (const auto& [other_handle, other] : registrations_) {
-        if (other.comm == found && other.memory == memory) {
-          network_->add_fault(std::string(call) + " of memory that is registered");
-        }
-      }
-    }
+    const FakeNcclMemory::Registration made{found, memory, nbytes, is_window};
+    if (!memory_.check(made, call)) return ncclInvalidArgument;
     check_idle(*found, call);
-    const Registration made{found, memory, nbytes, is_window};
     if (found->is_blocking) return meet_and_register(made, handle);
     found->is_ready = false;
     // NCCL's own thread, which writes the handle later.
@@ -292,7 +250,7 @@ class FakeNccl final : public NcclApi {
     });
     return ncclInProgress;
   }
-  ncclResult_t meet_and_register(const Registration& made, void** handle) {
+  ncclResult_t meet_and_register(const FakeNcclMemory::Registration& made, void** handle) {
     FakeCall meeting;
     meeting.kind = FakeCall::Kind::kRegister;
     meeting.count = made.nbytes;
@@ -302,9 +260,7 @@ class FakeNccl final : public NcclApi {
     if (made.comm->is_aborted) return ncclInternalError;
     *handle = nullptr;
     if (made.is_window && !gives_windows_) return ncclSuccess;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    *handle = reinterpret_cast<void*>(++num_registrations_);
-    registrations_.emplace(*handle, made);
+    *handle = memory_.add(made);
     return ncclSuccess;
   }
   ncclResult_t end_registration(const char* call, ncclComm_t comm, void* handle) {
@@ -312,8 +268,7 @@ class FakeNccl final : public NcclApi {
     const std::shared_ptr<FakeComm> found = find(comm, call);
     if (found == nullptr) return ncclInvalidArgument;
     check_idle(*found, call);
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return registrations_.erase(handle) == 1 ? ncclSuccess : ncclInvalidArgument;
+    return memory_.remove(handle);
   }
   void check_idle(FakeComm& comm, const char* call) {
     const std::lock_guard<std::mutex> lock(comm.mutex);
@@ -321,18 +276,6 @@ class FakeNccl final : public NcclApi {
       network_->add_fault(std::string(call) + " beside operations");
     }
   }
-  [[nodiscard]] bool is_in_window(const FakeComm& comm, const void* data) const {
-    const auto* byte = static_cast<const char*>(data);
-    for (const auto& [handle, registered] : registrations_) {
-      const auto* first = static_cast<const char*>(registered.memory);
-      if (registered.comm.get() == &comm && registered.is_window && byte >= first &&
-          byte < first + registered.nbytes) {
-        return true;
-      }
-    }
-    return false;
-  }
-
   cudaStream_t own_stream() {
     if (own_stream_ == nullptr) own_stream_ = cuda_->pool_stream(0, false);
     return own_stream_;
@@ -344,8 +287,8 @@ class FakeNccl final : public NcclApi {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       comms_.erase(comm);
-      std::erase_if(registrations_, [&](const auto& one) { return one.second.comm == ended; });
     }
+    memory_.remove_all_of(*ended);
     --network_->num_live_comms;
     {
       const std::lock_guard<std::mutex> lock(ended->mutex);
@@ -400,10 +343,10 @@ class FakeNccl final : public NcclApi {
   void note_memory(const FakeComm& comm, const std::vector<FakeCall>& calls) {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (const FakeCall& call : calls) {
-      if (!is_in_window(comm, call.receive)) continue;
+      if (!memory_.is_in_window(comm, call.receive)) continue;
       ++counts_["into a window"];
       if (call.kind == FakeCall::Kind::kAllGather && comm.cta_policy == NCCL_CTA_POLICY_ZERO &&
-          is_in_window(comm, call.send)) {
+          memory_.is_in_window(comm, call.send)) {
         ++counts_["by a copy engine"];
       }
     }
@@ -411,6 +354,7 @@ class FakeNccl final : public NcclApi {
 
   const std::shared_ptr<FakeNetwork> network_;
   const std::shared_ptr<FakeCuda> cuda_;
+  FakeNcclMemory memory_;
   int version_ = NCCL_VERSION_CODE;
   bool has_split_ = true;
   bool has_registration_ = true;
@@ -425,9 +369,6 @@ class FakeNccl final : public NcclApi {
   mutable std::mutex mutex_;
   // Guarded by mutex_.
   std::map<ncclComm_t, std::shared_ptr<FakeComm>> comms_;
-  std::map<void*, size_t> allocations_;
-  std::map<void*, Registration> registrations_;  // by handle
-  uintptr_t num_registrations_ = 0;
   std::map<std::string, int> counts_;
 };
 

@@ -38,7 +38,7 @@ inline Gradients train(Model& model, int rank, int num_steps) {
   for (int step = 0; step < num_steps; ++step) {
     for (int microstep = 0; microstep < kMicroSteps; ++microstep) {
       for (int layer = 0; layer < kNumLayers; ++layer) {
-        model.engine().unit(layer).settings().synchronize_gradients = microstep == kMicroSteps - 1;
+        model.unit(layer).settings().synchronize_gradients = microstep == kMicroSteps - 1;
       }
       model.forward_nested(batch(rank, step + microstep)).sum().backward();
     }

@@ -16,8 +16,8 @@
 #include <utility>
 #include <vector>
 
-#include "mics/check.h"
 #include "mics/communicator.h"
+#include "plan/check.h"
 #include "support/virtual_streams.h"
 
 namespace mics::testing {

@@ -31,8 +31,8 @@
 #include <utility>
 #include <vector>
 
-#include "mics/check.h"
 #include "mics/runtime_streams.h"
+#include "plan/check.h"
 #include "support/multi_rank.h"
 
 namespace mics::testing {
