@@ -30,7 +30,7 @@ from support.ranks import RankFailure, run_ranks
 from torch import nn
 
 import torch_mics as mics
-from torch_mics._shard_model import find_units
+from torch_mics._find_units import find_units
 
 # --- parameters in several places -----------------------------------------------------------------
 

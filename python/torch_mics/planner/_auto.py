@@ -10,8 +10,8 @@ from torch import nn
 
 from torch_mics import _C
 from torch_mics._exchange import exchange
+from torch_mics._find_units import Units
 from torch_mics._hosts import node
-from torch_mics._shard_model import Units
 from torch_mics.planner._calibration import Calibration, load_calibration, shipped_instances
 from torch_mics.planner._plan import plan
 

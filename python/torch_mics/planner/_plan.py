@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from torch_mics import _C
+from torch_mics._find_units import Units
 from torch_mics._residency import RESIDENCIES
-from torch_mics._shard_model import Units
 from torch_mics.planner._calibration import Calibration, load_calibration, shipped_instances
 from torch_mics.planner._published import tflops
 from torch_mics.planner._workload import module_workload

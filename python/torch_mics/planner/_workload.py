@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from torch_mics import _C
-from torch_mics._shard_model import Units, find_units
+from torch_mics._find_units import Units, find_units
 
 _WIRE_NBYTES = 2  # activations are kept in 16 bits
 
