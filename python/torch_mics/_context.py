@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import weakref
@@ -15,26 +14,31 @@ from torch import nn
 from torch_mics import _C
 from torch_mics._exchange import check_same, exchange
 from torch_mics._groups import Communicators, flight_log
-from torch_mics._unit import ShardedUnit
+from torch_mics._unit import ShardedUnit, units_of
 from torch_mics._unit_tree import listed
 
 _log = logging.getLogger("torch_mics")
 
 
-def units_of(module: nn.Module) -> list[ShardedUnit]:
-    """Lists the units at and below `module`, each once, in the order of the module tree."""
-    units: dict[int, ShardedUnit] = {}
-    for child in module.modules():
-        unit: ShardedUnit | None = getattr(child, "_mics_unit", None)
-        if unit is not None:
-            units.update((id(each), each) for each in unit.all if id(each) not in units)
-    return list(units.values())
+def context_of(unit: ShardedUnit) -> Context | None:
+    """Gives the context that drives the unit; None before the first forward."""
+    return unit.owner if isinstance(unit.owner, Context) else None
 
 
-def contexts_of(module: nn.Module) -> list[Context]:
-    """Lists the contexts of the units at and below `module`: several where children run without it."""
-    found = (unit.context for unit in units_of(module))
+def contexts_of(units: list[ShardedUnit]) -> list[Context]:
+    """Lists the contexts of units, each once: several where modules have run without their root."""
+    found = map(context_of, units)
     return list({id(context): context for context in found if context is not None}.values())
+
+
+def release(units: list[ShardedUnit]) -> None:
+    """Closes the contexts of `units`, so that their parameters may be moved or replaced.
+
+    Raises:
+        RuntimeError: gradients wait for their synchronisation.
+    """
+    for context in contexts_of(units):
+        context.close()
 
 
 class Context:
@@ -47,7 +51,7 @@ class Context:
             # A root given as a list: all its modules are roots.
             self.units += [unit for unit in units_of(other_root) if unit not in self.units]
         # Units whose own forward, or that of another root, ran before.
-        older = list({id(u.context): u.context for u in self.units if u.context}.values())
+        older = contexts_of(self.units)
         below = {id(unit) for unit in self.units}
         self.roots = [root_unit]
         for other in older:
@@ -65,9 +69,8 @@ class Context:
         for unit in self.units:
             if unit.handle is not None:
                 continue
-            variant = unit.groups.variant(unit.hierarchical)
-            if variant not in self.communicators:
-                self.communicators[variant] = root_unit.groups.communicators(variant)
+            if unit.variant not in self.communicators:
+                self.communicators[unit.variant] = root_unit.groups.communicators(unit.variant)
         self.control = root_unit.groups.control()
         self.streams = root_unit.groups.streams(root_unit.shard.device)
         self._has_told_of_order = False
@@ -113,18 +116,7 @@ class Context:
                 companion.name += f" ({str(companion.dtype).removeprefix('torch.')})"
 
     def _make_engine(self, older: list[Context]) -> None:
-        for index, unit in enumerate(self.units):
-            unit.context, unit.index = self, index
-            if unit.handle is not None:
-                unit.handle.name = unit.name
-                continue
-            unit.make_handle(
-                self.communicators[unit.groups.variant(unit.hierarchical)],
-                has_nested_units=any(
-                    inner.modules != unit.modules for m in unit.modules for inner in units_of(m)
-                ),
-            )
-        handles = [unit.handle for unit in self.units if unit.handle is not None]
+        handles = [unit.handle or self._make_handle(unit) for unit in self.units]
         depths = _C.Depths()
         depths.reductions = self.root_unit.settings.reductions_in_flight
         self.engine = _C.Engine(
@@ -133,22 +125,31 @@ class Context:
             streams=self.streams,
             depths=depths,
         )
+        for index, (unit, handle) in enumerate(zip(self.units, handles, strict=True)):
+            handle.name = unit.name
+            is_root = any(unit in root.all for root in self.roots)
+            unit.attach(self, self.engine, handle, index, is_root=is_root)
         for other in older:
             self.engine.adopt(other.engine, [unit.index for unit in other.units])
-        self.engine.set_callbacks(
-            refresh=functools.partial(_follow_requires_grad, weakref.ref(self)),
-            check_hooks=functools.partial(_check_hooks, weakref.ref(self)),
-        )
-        self.push_settings()
+        self.engine.set_hook_check(functools.partial(_check_hooks, weakref.ref(self)))
+        self.engine.set_refresh(functools.partial(_follow_requires_grad, weakref.ref(self)))
         self.push_prefetch()
         for unit in self.units:
+            unit.push_settings()
             unit.connect_hooks()
+
+    def _make_handle(self, unit: ShardedUnit) -> _C.Unit:
+        nested = [inner for module in unit.modules for inner in units_of(module)]
+        return unit.make_handle(
+            self.communicators[unit.variant],
+            is_outer=any(inner.modules != unit.modules for inner in nested),
+        )
 
     def push_prefetch(self) -> None:
         """Tells the engine what the user wants gathered ahead."""
 
         def indices(units: list[ShardedUnit]) -> list[int]:
-            return [other.index for other in units if other.context is self]
+            return [other.index for other in units if other.owner is self]
 
         for unit in self.units:
             self.engine.set_prefetch(_C.Phase.FORWARD, unit.index, indices(unit.forward_prefetch))
@@ -184,23 +185,21 @@ class Context:
         )
 
     def close(self) -> None:
-        """Lets go of all units; the next forward makes a new context."""
+        """Detaches all units; the next forward makes a new context.
+
+        Raises:
+            RuntimeError: gradients wait for their synchronisation.
+        """
         for unit in self.units:
-            unit.check_no_accumulation()
+            if unit.is_unfinished:
+                raise RuntimeError(
+                    "parameters must not be moved or replaced during an accumulation: unit "
+                    f'"{unit.name}" has gradients that are not synchronised. Finish the step, or call '
+                    "reset() on the root module."
+                )
         self.engine.reset()
         for unit in self.units:
-            unit.context = None
-            unit.handle = None
-            unit.connect_hooks()
-
-    def is_root(self, unit: ShardedUnit) -> bool:
-        """Whether the unit is, or goes with, that of a root."""
-        return any(unit in root.all for root in self.roots)
-
-    def push_settings(self) -> None:
-        """Brings all C++ units up to their settings."""
-        for unit in self.units:
-            unit.push_settings(is_root=self.is_root(unit))
+            unit.detach()
 
     def all_communicators(self) -> list[_C.Communicator]:
         """Lists those of its units, and the one of all ranks."""
@@ -291,8 +290,8 @@ def _describe(unit: ShardedUnit) -> dict[str, Any]:
         "dtype": str(unit.dtype),
         "param_dtype": str(unit.parameter_dtype),
         "reduce_dtype": str(unit.reduce_dtype),
-        "hierarchical_gather": str(unit.hierarchical),
-        "settings": {key: str(value) for key, value in dataclasses.asdict(unit.settings).items()},
+        "hierarchical_gather": str(unit.variant == _C.Variant.HIERARCHICAL),
+        "settings": unit.settings.described(unit.groups.topology.ranks_per_node),
     }
 
 

@@ -12,13 +12,15 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from torch_mics._construction import Construction
+from torch_mics._context import release
+from torch_mics._parameters import Parameter
 from torch_mics._standins import (
     FullValues,
     Slot,
     is_exactly_poison,
     poison,
 )
-from torch_mics._unit import Parameter, ShardedUnit
+from torch_mics._unit import ShardedUnit
 
 
 @dataclasses.dataclass
@@ -160,7 +162,7 @@ class FirstValues:
         self._hooks = []
         self._classes = []
         for unit in units:
-            unit.is_full_elsewhere = True
+            unit.forward.is_full_elsewhere = True
             for module in unit.modules:
                 self._hooks.append((module, module._forward_pre_hooks, module._forward_hooks))
                 module._forward_pre_hooks = OrderedDict()
@@ -171,6 +173,7 @@ class FirstValues:
         self.todo |= {id(buffer.module) for buffer in self.buffers if not buffer.is_kept}
 
     def _allocate_shards(self) -> None:
+        release(self.units)
         for unit in self.units:
             for parameter in unit.parameters:
                 self._before.append((unit, parameter, parameter.sharded, parameter.kept))
@@ -327,7 +330,7 @@ class FirstValues:
 
     def _leave(self) -> None:
         for unit in self._all_units:
-            unit.is_full_elsewhere = False
+            unit.forward.is_full_elsewhere = False
         for module, cls in self._classes:
             module.__class__ = cls
         for module, before, after in self._hooks:

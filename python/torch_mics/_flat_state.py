@@ -18,7 +18,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from torch_mics import _C
-from torch_mics._unit import ShardedUnit
+from torch_mics._unit import ShardedUnit, unit_of_parameter
 
 # optimizer.state: what torch keeps per parameter.
 State = dict[torch.Tensor, dict[str, Any]]
@@ -218,7 +218,7 @@ class FlatState:
             chosen: dict[int, set[int]] = {}  # per unit, its parameters in this group
             rest = []
             for parameter in parameters:
-                unit = unit_of(parameter)
+                unit = unit_of_parameter(parameter)
                 if unit is None:
                     rest.append(parameter)
                 else:
@@ -273,12 +273,6 @@ class FlatState:
                 if size > 1 and counts[run.counters].count(steps) != size:
                     return False
         return True
-
-
-def unit_of(parameter: torch.Tensor) -> ShardedUnit | None:
-    """Finds the unit of a sharded parameter."""
-    reference = getattr(parameter, "_mics_unit", None)
-    return None if reference is None else reference()
 
 
 def are_same(left: Iterable[object], right: Iterable[object]) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from torch_mics._context import context_of
 from torch_mics._training import check_sharded
 
 _FIELDS = (
@@ -33,12 +34,12 @@ def flight_log(model: nn.Module) -> list[dict[str, Any]]:
     side), state ("issued", "started", "finished" or "failed"), issued_at, started_at and ended_at (seconds
     as of time.monotonic(), None before). Empty in a world of one.
     """
-    unit = check_sharded(model, "flight_log")._unit
-    if unit.context is None or unit.context.flight_log is None:
+    context = context_of(check_sharded(model, "flight_log")._unit)
+    if context is None or context.flight_log is None:
         return []
     return [
         {field: getattr(operation, field) for field in _FIELDS}
-        for operation in unit.context.flight_log.operations()
+        for operation in context.flight_log.operations()
     ]
 
 

@@ -10,10 +10,10 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from torch_mics._context import units_of
 from torch_mics._exchange import all_or_none, exchange, together
 from torch_mics._state_dict_hooks import plain_name
 from torch_mics._training import sharded_module
+from torch_mics._unit import units_of
 
 
 def full_state_dict(
@@ -120,8 +120,7 @@ def load_full_state_dict(
     with all_or_none("load_full_state_dict"):
         set_model_state_dict(model, state, options=options)
     for unit in units_of(model):
-        if unit.context is not None:
-            unit.context.engine.reshard(unit.index)
+        unit.reshard()
 
 
 def _check_fits(model: nn.Module, state: dict[str, Any], *, broadcast: bool, strict: bool) -> None:

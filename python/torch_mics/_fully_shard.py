@@ -26,10 +26,11 @@ from torch_mics._groups import (
 from torch_mics._hooks import lend, register_hooks
 from torch_mics._module import MiCSModule
 from torch_mics._optimizer_checks import install_optimizer_checks
+from torch_mics._parameters import Place
 from torch_mics._policy import resolve_policy
-from torch_mics._residency import check_accumulate, check_keep, resolve_reshard
+from torch_mics._settings import Settings
 from torch_mics._state_dict_hooks import register_state_dict_hooks
-from torch_mics._unit import Place, Settings, ShardedUnit
+from torch_mics._unit import ShardedUnit
 
 # One subclass per module class, so that two sharded Linears have one type; by class, and whether its
 # modules hold parameters themselves.
@@ -100,24 +101,23 @@ def fully_shard(
     if mesh is None:
         mesh = default_mesh("node" if shard_size is None else shard_size)
     groups = groups_of(mesh)
-    groups.variant(hierarchical_gather)  # refuses what the nodes do not allow
-    resolve_reshard(reshard_after_forward, groups, hierarchical_gather)
-    check_keep(keep_between_microsteps, groups, hierarchical_gather)
-    check_accumulate(accumulate, groups, hierarchical_gather)
-    found = _find_parameters(modules, ignored_params or set())
-    _check_parameters(found)
-    settings = Settings(
+    variant = groups.variant(hierarchical_gather)
+    settings = Settings.resolve(
+        groups.topology,
+        variant,
         reshard_after_forward=reshard_after_forward,
         keep_between_microsteps=keep_between_microsteps,
         accumulate=accumulate,
     )
+    found = _find_parameters(modules, ignored_params or set())
+    _check_parameters(found)
     device = _device_of(groups)
     _move_to_device(modules, found, device)
     units = []
     for parameters in _by_dtype(found):
         # The methods of a module set what all its units have.
         own = dataclasses.replace(settings)
-        units.append(ShardedUnit(modules, groups, policy, hierarchical_gather, own))
+        units.append(ShardedUnit(modules, groups, variant, policy, own))
         with torch.no_grad():
             units[-1].cut(parameters, device)
     unit = units[0]

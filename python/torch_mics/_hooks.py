@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from torch_mics import _C
-from torch_mics._context import Context
+from torch_mics._context import Context, context_of
 from torch_mics._policy import cast_floating, find_tensors
 from torch_mics._unit import ShardedUnit
 
@@ -21,7 +21,7 @@ def register_hooks(unit: ShardedUnit) -> None:
     hooks = _C.UnitHooks(
         long_pre_forward=_pre_forward, long_post_forward=_post_forward, find_tensors=find_tensors
     )
-    unit.hooks = hooks
+    unit.forward.hooks = hooks
     for module in unit.modules:
         module.register_forward_pre_hook(hooks.pre_forward, prepend=True, with_kwargs=True)
         # always_call: after an exception in forward the unit must not stay unsharded.
@@ -56,7 +56,7 @@ class _Guard:
         unit = self._unit
         lend(unit, self._holders)
         handle = unit.handle
-        if (handle is None or not handle.is_unsharded) and not unit.is_full_elsewhere:
+        if (handle is None or not handle.is_unsharded) and not unit.forward.is_full_elsewhere:
             raise RuntimeError(
                 "a module inside a unit must run inside the unit's forward or that of a module above: "
                 f'got a call of {type(module).__name__} while its unit "{unit.name}" is sharded. Call '
@@ -69,24 +69,23 @@ def lend(unit: ShardedUnit, holders: list[nn.Module]) -> None:
 
     They are there until the outermost forward returns, and are reduced with it.
     """
-    context = unit.context
-    if context is None or unit.is_full_elsewhere:
+    if unit.engine is None or unit.forward.is_full_elsewhere:
         return
     is_group = len(unit.modules) > 1
-    if is_group and any(module in unit.running for module in holders):
+    if is_group and any(module in unit.forward.running for module in holders):
         return
     for each in unit.all:
-        context.engine.lend(each.index, is_group=is_group)
+        unit.engine.lend(each.index, is_group=is_group)
 
 
 def ensure_context(module: nn.Module, unit: ShardedUnit) -> Context:
     """Gives the unit's context; makes it when this is the first forward of a root."""
-    context = unit.context
+    context = context_of(unit)
     # Full parameters made here are trained with later, whatever mode this forward runs in.
     with torch.inference_mode(False):
         if context is None:
             context = Context(module, unit)
-        elif not (context.engine.is_in_forward or _is_recomputation()):
+        elif not (context.engine.is_in_forward or is_recomputation()):
             context.refresh()
     return context
 
@@ -95,40 +94,40 @@ def _pre_forward(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     unit: ShardedUnit = module._mics_unit  # type: ignore[assignment]
-    if unit.is_full_elsewhere:
+    if unit.forward.is_full_elsewhere:
         raise RuntimeError(
             f'forward must not run inside unsharded(): got a forward of unit "{unit.name}". Leave the '
             "context first."
         )
     context = ensure_context(module, unit)
-    if unit.post_optim_event is not None:
-        unit.post_optim_event.wait()
-        unit.post_optim_event = None
+    if unit.forward.post_optim_event is not None:
+        unit.forward.post_optim_event.wait()
+        unit.forward.post_optim_event = None
         unit.connect_hooks()
     policy = unit.policy
     if policy.cast_forward_inputs and policy.param_dtype is not None:
         args = cast_floating(args, policy.param_dtype)
         kwargs = cast_floating(kwargs, policy.param_dtype)
-    if len(unit.modules) > 1 and not _is_recomputation():
-        unit.running.append(module)
-        if unit.modules_to_run:
+    if len(unit.modules) > 1 and not is_recomputation():
+        unit.forward.running.append(module)
+        if unit.forward.modules_to_run:
             return args, kwargs  # a later module of a group that is open
         # Outside of any forward a module runs for itself: the others need not follow.
-        is_alone = not context.engine.is_in_forward and unit not in context.roots
-        unit.modules_to_run = {module} if is_alone else set(unit.modules)
+        is_alone = not context.engine.is_in_forward and not unit.is_root
+        unit.forward.modules_to_run = {module} if is_alone else set(unit.modules)
     for each in unit.all:
         context.engine.pre_forward(each.index)
     return args, kwargs
 
 
-def _is_recomputation() -> bool:
+def is_recomputation() -> bool:
     """Whether this forward runs inside a backward: activation checkpointing."""
     return torch._C._current_graph_task_id() != -1
 
 
 def _post_forward(module: nn.Module, args: Any, output: Any) -> Any:
     unit: ShardedUnit = module._mics_unit  # type: ignore[assignment]
-    context = unit.context
+    context = context_of(unit)
     if context is None:  # its own pre-forward failed
         return output
     failed = _C.has_forward_failed(output)
@@ -139,15 +138,15 @@ def _post_forward(module: nn.Module, args: Any, output: Any) -> Any:
         if torch.is_grad_enabled():
             tensors = find_tensors(output)
     is_open = False
-    if not _is_recomputation():
+    if not is_recomputation():
         if len(unit.modules) > 1:
-            if module in unit.running:
-                unit.running.remove(module)
-            unit.modules_to_run.discard(module)
+            if module in unit.forward.running:
+                unit.forward.running.remove(module)
+            unit.forward.modules_to_run.discard(module)
             if failed:
-                unit.modules_to_run.clear()
-            is_open = bool(unit.modules_to_run)
-        if unit in context.roots and not is_open:
+                unit.forward.modules_to_run.clear()
+            is_open = bool(unit.forward.modules_to_run)
+        if unit.is_root and not is_open:
             _close_open_groups(context)
     for each in reversed(unit.all):
         if tensors is not None:
@@ -160,9 +159,8 @@ def _post_forward(module: nn.Module, args: Any, output: Any) -> Any:
 def _close_open_groups(context: Context) -> None:
     """Ends groups of which the root's forward ran some modules but not all."""
     for unit in context.units:
-        if unit not in context.roots and unit.modules_to_run:
-            unit.modules_to_run.clear()
-            unit.running.clear()
+        if not unit.is_root and unit.forward.modules_to_run:
+            unit.forward.close_group()
             for each in reversed(unit.all):
                 context.engine.post_forward(each.index, failed=False)
 

@@ -13,12 +13,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from torch_mics._construction import random_state, set_random_state
-from torch_mics._context import units_of
 from torch_mics._exchange import exchange
 from torch_mics._first_values import FirstValues
 from torch_mics._fully_shard import _device_of
 from torch_mics._initialisers import construct_again, run_initialisers
 from torch_mics._training import check_sharded
+from torch_mics._unit import units_of
 
 _log = logging.getLogger("torch_mics")
 

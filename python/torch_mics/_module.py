@@ -10,12 +10,15 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from torch_mics._context import Context, contexts_of, units_of
+from torch_mics import _C
+from torch_mics._context import Context, context_of, contexts_of, release
 from torch_mics._hooks import ForwardAdapter, ensure_context
-from torch_mics._residency import check_keep, resolve_reshard
-from torch_mics._unit import ShardedUnit
+from torch_mics._settings import resolve_keep, resolve_reshard
+from torch_mics._unit import ShardedUnit, units_of
 
 _FORWARD_ADAPTER = ForwardAdapter()
+
+_Resolve = Callable[[object, _C.Topology, _C.Variant], _C.Residency | None]
 
 
 class UnshardHandle:
@@ -26,9 +29,8 @@ class UnshardHandle:
 
     def wait(self) -> None:
         """Returns when the unit is unsharded; only the first call does anything."""
-        if self._unit is not None and self._unit.context is not None:
-            for unit in self._unit.all:
-                self._unit.context.engine.unshard(unit.index)
+        for unit in self._unit.all if self._unit is not None else []:
+            unit.unshard()
         self._unit = None
 
 
@@ -53,7 +55,7 @@ class MiCSModule(FSDPModule):
         return units_of(cast(nn.Module, self)) if recurse else self._unit.all
 
     def _contexts(self) -> list[Context]:
-        return contexts_of(cast(nn.Module, self))
+        return contexts_of(self._units())
 
     def _context(self) -> Context:
         return ensure_context(cast(nn.Module, self), self._unit)
@@ -61,16 +63,22 @@ class MiCSModule(FSDPModule):
     def _set(self, field: str, value: object, *, recurse: bool = True) -> None:
         for unit in self._units(recurse=recurse):
             setattr(unit.settings, field, value)
-            is_root = unit.context is not None and unit.context.is_root(unit)
-            unit.push_settings(is_root=is_root)
+            unit.push_settings()
+
+    def _resolve(self, field: str, resolve: _Resolve, asked: object, *, recurse: bool) -> None:
+        units = self._units(recurse=recurse)
+        # All before any: what is refused changes nothing.
+        found = [resolve(asked, unit.groups.topology, unit.variant) for unit in units]
+        for unit, value in zip(units, found, strict=True):
+            setattr(unit.settings, field, value)
+            unit.push_settings()
 
     def _get_fsdp_state(self) -> Any:
         return _FORWARD_ADAPTER
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Moves or casts the parameters; the shard is laid out anew around the results."""
-        for unit in self._units():
-            unit.release_handle()
+        release(self._units())
         # FSDPModule's own _apply works on its state, which is not there.
         result = super(FSDPModule, self)._apply(fn, recurse)  # type: ignore[misc]
         for unit in self._unit.all:
@@ -81,11 +89,10 @@ class MiCSModule(FSDPModule):
         """Adds to the module's own line what its unit is."""
         unit = self._unit
         topology = unit.groups.topology
-        variant = unit.groups.variant(unit.hierarchical).name.lower()
         num_parameters = sum(len(each.parameters) for each in unit.all)
         sharded = (
             f"mics: {num_parameters} parameters over {topology.partition_size} of "
-            f"{topology.world_size} ranks, {variant}"
+            f"{topology.world_size} ranks, {unit.variant.name.lower()}"
         )
         own = super().extra_repr()  # type: ignore[misc]
         return f"{own}, {sharded}" if own else sharded
@@ -106,23 +113,20 @@ class MiCSModule(FSDPModule):
 
     def reshard(self) -> None:
         """Frees the full parameters of this module's own unit and registers the sharded ones."""
-        if self._unit.context is not None:
-            for unit in self._unit.all:
-                self._unit.context.engine.reshard(unit.index)
+        for unit in self._unit.all:
+            unit.reshard()
 
     def set_reshard_after_forward(
         self, reshard_after_forward: bool | int, recurse: bool = True
     ) -> None:
         """What forward frees: as the argument of fully_shard()."""
-        for unit in self._units(recurse=recurse):
-            resolve_reshard(reshard_after_forward, unit.groups, unit.hierarchical)
-        self._set("reshard_after_forward", reshard_after_forward, recurse=recurse)
+        self._resolve(
+            "reshard_after_forward", resolve_reshard, reshard_after_forward, recurse=recurse
+        )
 
     def set_keep_between_microsteps(self, keep: str, *, recurse: bool = True) -> None:
         """What stays between micro-steps: as the argument of fully_shard()."""
-        for unit in self._units(recurse=recurse):
-            check_keep(keep, unit.groups, unit.hierarchical)
-        self._set("keep_between_microsteps", keep, recurse=recurse)
+        self._resolve("keep_between_microsteps", resolve_keep, keep, recurse=recurse)
 
     def set_reshard_after_backward(
         self, reshard_after_backward: bool, *, recurse: bool = True
@@ -142,19 +146,22 @@ class MiCSModule(FSDPModule):
         """Gathers the units of `modules`, in this order, when this module's forward begins."""
         for unit in self._unit.all:
             unit.forward_prefetch = _prefetch_units(modules)
-        if self._unit.context is not None:
-            self._unit.context.push_prefetch()
+        self._push_prefetch()
 
     def set_modules_to_backward_prefetch(self, modules: list[FSDPModule]) -> None:
         """Gathers the units of `modules`, in this order, when this module's backward begins."""
         for unit in self._unit.all:
             unit.backward_prefetch = _prefetch_units(modules)
-        if self._unit.context is not None:
-            self._unit.context.push_prefetch()
+        self._push_prefetch()
+
+    def _push_prefetch(self) -> None:
+        context = context_of(self._unit)
+        if context is not None:
+            context.push_prefetch()
 
     def set_post_optim_event(self, event: torch.Event) -> None:
         """Lets the next forward's gathers wait for `event`."""
-        self._unit.post_optim_event = event
+        self._unit.forward.post_optim_event = event
         self._unit.connect_hooks()
 
     # --- gradients -----------------------------------------------------------------------------------
@@ -231,8 +238,8 @@ class MiCSModule(FSDPModule):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As nn.Module.zero_grad(); also drops an accumulation that has not reached its boundary."""
         for unit in self._units():
-            if unit.context is not None:
-                unit.context.engine.drop_gradients(unit.index)
+            if unit.engine is not None:
+                unit.engine.drop_gradients(unit.index)
         super(FSDPModule, self).zero_grad(set_to_none)  # type: ignore[misc]
 
     def reset(self) -> None:
@@ -242,8 +249,7 @@ class MiCSModule(FSDPModule):
         Shards, `.grad` and optimizer states stay as they are.
         """
         for unit in self._units():
-            unit.modules_to_run.clear()
-            unit.running.clear()
+            unit.forward.close_group()
         for context in self._contexts():
             context.engine.reset()
             if context.flight_log is not None:

@@ -11,7 +11,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,10 +21,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from torch_mics._unit import ShardedUnit
-
-if TYPE_CHECKING:
-    from torch_mics._context import Context
+from torch_mics import _C
+from torch_mics._unit import ShardedUnit, unit_of_parameter
 
 
 @functools.cache
@@ -52,7 +50,7 @@ def _before_step(
     # args has the optimizer itself where torch calls the hook.
     place = 1 if args and args[0] is optimizer else 0
     closure = kwargs.get("closure") or (args[place] if len(args) > place else None)
-    if closure is None or not _units_of(optimizer):
+    if closure is None or not units_of_optimizer(optimizer):
         _check_accumulation(optimizer)
         return None
 
@@ -69,11 +67,9 @@ def _before_step(
 
 
 def _check_accumulation(optimizer: torch.optim.Optimizer) -> None:
-    for unit in _units_of(optimizer):
-        handle = unit.handle
-        if handle is not None and (handle.has_accumulated or handle.has_full_gradient):
-            assert unit.context is not None
-            names = ", ".join(f'"{name}"' for name in unit.context.engine.unfinished_units())
+    for unit in units_of_optimizer(optimizer):
+        if unit.is_unfinished and unit.engine is not None:
+            names = ", ".join(f'"{name}"' for name in unit.engine.unfinished_units())
             raise RuntimeError(
                 "an optimizer may step only after an accumulation boundary: got gradients that are not "
                 f"synchronised in units {names}. {_why_unfinished(unit)}"
@@ -108,15 +104,15 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     """The kernels of an optimizer need not move a version counter."""
     if "_mics_is_ignored" in optimizer.__dict__:
         return
-    written: dict[Context, list[int]] = {}
-    for unit in _units_of(optimizer):
-        if unit.context is not None:
-            written.setdefault(unit.context, []).append(unit.index)
-    for context, indices in written.items():
-        context.engine.note_written(indices)
+    written: dict[_C.Engine, list[int]] = {}
+    for unit in units_of_optimizer(optimizer):
+        if unit.engine is not None:
+            written.setdefault(unit.engine, []).append(unit.index)
+    for engine, indices in written.items():
+        engine.note_written(indices)
 
 
-def _units_of(optimizer: torch.optim.Optimizer) -> list[ShardedUnit]:
+def units_of_optimizer(optimizer: torch.optim.Optimizer) -> list[ShardedUnit]:
     """Finds the units of an optimizer's parameters; looks again only when parameters were added."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     cached = optimizer.__dict__.get("_mics_units")
@@ -139,8 +135,7 @@ def _check_parameters(parameters: list[torch.Tensor]) -> list[ShardedUnit]:
                 "an optimizer must be made after sharding: got one that holds the unsharded parameter "
                 f'"{replaced}". Make the optimizer after shard_model() or fully_shard().'
             )
-        reference = getattr(parameter, "_mics_unit", None)
-        unit = None if reference is None else reference()
+        unit = unit_of_parameter(parameter)
         if unit is not None:
             units.setdefault(id(unit), unit)
     if units and dist.get_world_size() > 1:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from torch_mics._unit import Parameter, ShardedUnit
+from torch_mics._parameters import Parameter
+from torch_mics._unit import ShardedUnit
 
 # What can be told without the values.
 _SHAPE_QUESTIONS: set[Any] = {

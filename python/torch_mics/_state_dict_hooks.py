@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from torch_mics._unit import Parameter, ShardedUnit
+from torch_mics._context import release
+from torch_mics._parameters import Parameter
+from torch_mics._unit import ShardedUnit
 
 
 def plain_name(name: str) -> str:
@@ -27,8 +29,7 @@ def register_state_dict_hooks(unit: ShardedUnit) -> None:
 def _register_sharded(module: nn.Module, *args: Any) -> None:
     unit: ShardedUnit = module._mics_unit  # type: ignore[assignment]
     for each in unit.all:
-        if each.context is not None and each.handle is not None:
-            each.context.engine.reshard(each.index)
+        each.reshard()
 
 
 def _before_load(
@@ -71,7 +72,7 @@ def _take_assigned(unit: ShardedUnit) -> None:
     if not replaced:
         return
     if unit.shard.is_meta:
-        unit.release_handle()
+        release([unit])
         for parameter, present in replaced:
             # The assigned tensors bring the device; repack() lays the shard around them.
             parameter.sharded = nn.Parameter(

@@ -16,6 +16,7 @@ from torch_mics import _C
 from torch_mics._context import Context, contexts_of
 from torch_mics._exchange import naming
 from torch_mics._module import MiCSModule
+from torch_mics._unit import units_of
 
 
 def sharded_module(model: nn.Module, caller: str) -> nn.Module:
@@ -151,7 +152,7 @@ def traffic(model: nn.Module) -> dict[str, dict[str, int]]:
     inter are peers on the same and on another node. Empty before the first forward.
     """
     totals: dict[str, dict[str, int]] = {}
-    for context in contexts_of(sharded_module(model, "traffic")):
+    for context in contexts_of(units_of(sharded_module(model, "traffic"))):
         for name, counters in context.traffic().items():
             total = totals.setdefault(name, dict.fromkeys(counters, 0))
             for field, count in counters.items():
@@ -189,7 +190,7 @@ def exposed(model: nn.Module) -> dict[str, dict[str, float]]:
             "gather": context.engine.exposed(unit.index).gather.total_seconds(),
             "reduce": context.engine.exposed(unit.index).reduce.total_seconds(),
         }
-        for context in contexts_of(sharded_module(model, "exposed"))
+        for context in contexts_of(units_of(sharded_module(model, "exposed")))
         for unit in context.units
     }
 
@@ -197,7 +198,7 @@ def exposed(model: nn.Module) -> dict[str, dict[str, float]]:
 def _contexts(model: nn.Module, caller: str) -> list[Context]:
     """Those of the units below `model`; that of the model itself, made now, where there is none."""
     module = sharded_module(model, caller)
-    found = contexts_of(module)
+    found = contexts_of(units_of(module))
     if found:
         return found
     try:
@@ -225,6 +226,6 @@ def backends(model: nn.Module) -> dict[str, str]:
     Names as in traffic(). Empty before the first forward.
     """
     found: dict[str, str] = {}
-    for context in contexts_of(sharded_module(model, "backends")):
+    for context in contexts_of(units_of(sharded_module(model, "backends"))):
         found |= context.backends()
     return found

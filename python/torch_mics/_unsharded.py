@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from torch_mics._context import units_of
 from torch_mics._exchange import exchange
 from torch_mics._full_state import full_tensor
 from torch_mics._training import sharded_module
+from torch_mics._unit import units_of
 
 
 @contextlib.contextmanager
@@ -35,15 +35,12 @@ def unsharded(model: nn.Module, *, writeback: bool = False) -> Iterator[None]:
     units = units_of(sharded_module(model, "unsharded"))
     exchange("a call of unsharded", "")
     for unit in units:
-        if unit.handle is None:
-            continue
-        if writeback and (unit.handle.has_accumulated or unit.handle.has_full_gradient):
+        if writeback and unit.is_unfinished:
             raise RuntimeError(
                 "weights must not be written during an accumulation: unit "
                 f'"{unit.name}" has gradients that are not synchronised.'
             )
-        assert unit.context is not None
-        unit.context.engine.reshard(unit.index)
+        unit.reshard()
     full: dict[int, nn.Parameter] = {}
     parameters = [(unit, parameter) for unit in units for parameter in unit.parameters]
     for _, parameter in parameters:
@@ -51,7 +48,7 @@ def unsharded(model: nn.Module, *, writeback: bool = False) -> Iterator[None]:
         # With one rank in the group the gathered tensor may be the shard itself.
         full[id(parameter)] = nn.Parameter(gathered.clone(), requires_grad=False)
     for unit in units:
-        unit.is_full_elsewhere = True
+        unit.forward.is_full_elsewhere = True
         unit.connect_hooks()
     try:
         for _, parameter in parameters:
@@ -63,7 +60,7 @@ def unsharded(model: nn.Module, *, writeback: bool = False) -> Iterator[None]:
             for place in parameter.places:
                 place.module._parameters[place.name] = parameter.sharded
         for unit in units:
-            unit.is_full_elsewhere = False
+            unit.forward.is_full_elsewhere = False
             unit.connect_hooks()
     if not writeback:
         return

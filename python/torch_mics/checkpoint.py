@@ -22,12 +22,12 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
-from torch_mics._context import units_of
 from torch_mics._exchange import all_or_none, together
 from torch_mics._full_state import describe_misfit, full_state_dict, shapes_of
 from torch_mics._optimizer_checks import ignoring_steps_of
 from torch_mics._state_dict_hooks import plain_name
 from torch_mics._training import sharded_module
+from torch_mics._unit import units_of
 
 __all__ = ["TrainState", "export_safetensors"]
 
@@ -93,8 +93,7 @@ class TrainState(Stateful):
         for name, extra in self.extras.items():
             extra.load_state_dict(state_dict["extras"][name])
         for unit in units_of(self.model):
-            if unit.context is not None:
-                unit.context.engine.reshard(unit.index)
+            unit.reshard()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a checkpoint directory. Of equal shards only the first replica's is written.

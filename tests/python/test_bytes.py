@@ -10,7 +10,7 @@ from support.ranks import run_ranks
 
 import torch_mics as mics
 from torch_mics import _C
-from torch_mics._context import units_of
+from torch_mics._unit import units_of
 
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 WORLD_SIZE, RANKS_PER_NODE, MICRO_STEPS = 4, 2, 2

@@ -191,7 +191,7 @@ def _after_a_failure(rank: int) -> dict[str, str]:
     mesh = mics.init_mesh(2, device_type="cpu", gpus_per_node=2)
     failed = make_model(mesh)
     failed(torch.ones(1, 4)).sum().backward()
-    (communicators,) = failed._mics_unit.context.communicators.values()
+    (communicators,) = failed._mics_unit.owner.communicators.values()
     with pytest.raises(mics.CommError, match="must issue the same collectives"):
         communicators.gather_intra.all_reduce(torch.ones(rank + 1))
     second = make_model(mesh)

@@ -144,7 +144,7 @@ def _train(rank: int, through_world: bool) -> tuple[torch.Tensor, dict[str, str]
         model = mics.shard_model(make_gpt(blocks=1), shard_size=2)
         loss(model, batch(0, 0, rank)).backward()
     gradient = model.blocks[0].up.weight.grad.full_tensor()
-    report = model._mics_unit.context.describe()
+    report = model._mics_unit.owner.describe()
     return gradient, mics.backends(model), report, world.made if world is not None else []
 
 

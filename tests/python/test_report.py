@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import torch_mics as mics
-from torch_mics._context import units_of
+from torch_mics._unit import units_of
 
 STEPS = 4
 MICRO_STEPS = 3

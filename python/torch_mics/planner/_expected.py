@@ -31,7 +31,7 @@ def expected_bytes(context: Context, shape: StepShape) -> Bytes:
         if unit.handle is None or not unit.parameters:
             continue
         step = _step_bytes(unit, shape)
-        made = context.communicators[unit.groups.variant(unit.hierarchical)]
+        made = context.communicators[unit.variant]
         for communicator in made.all():
             name = communicator.name
             nbytes = getattr(step, name.replace("/", "_"))
@@ -124,7 +124,7 @@ def _step_bytes(unit: ShardedUnit, shape: StepShape) -> _C.StepBytes:
         hops.gather_intra *= shape.num_boundaries
     if topology.partition_size == 1 and unit.parameter_dtype == unit.dtype:
         hops.gather_rail = hops.gather_intra = 0  # the shard is the full parameters
-    group = topology.rail_group(dist.get_rank(), unit.groups.variant(unit.hierarchical))
+    group = topology.rail_group(dist.get_rank(), unit.variant)
     num_nodes = len(group)
     local = topology.partition_size // num_nodes
     return _C.step_bytes(unit_size(unit), (num_nodes, local), topology.replication_size, hops)

@@ -10,7 +10,7 @@ from torch import nn
 
 from torch_mics import _C
 from torch_mics._find_units import Units
-from torch_mics._residency import RESIDENCIES
+from torch_mics._settings import reshard_argument
 from torch_mics.planner._calibration import Calibration, load_calibration, shipped_instances
 from torch_mics.planner._published import tflops
 from torch_mics.planner._workload import module_workload
@@ -76,12 +76,6 @@ class Plan:
         """Gives the best settings as arguments of shard_model()."""
         settings = self.best.settings
         residency = settings.residency
-        reshard: dict[_C.Residency, bool | int] = {
-            _C.Residency.SHARD: True,
-            _C.Residency.BLOCK: int(self.calibration["ranks_per_node"]),
-            _C.Residency.FULL: False,
-        }
-        keep = {kept: name for name, kept in RESIDENCIES.items()}
         accumulate = {
             _C.Residency.SHARD: "two_hop",
             _C.Residency.BLOCK: "block",
@@ -90,8 +84,10 @@ class Plan:
         return {
             "shard_size": settings.partition_size,
             "hierarchical_gather": settings.gather == _C.Variant.HIERARCHICAL,
-            "reshard_after_forward": reshard[residency.after_forward],
-            "keep_between_microsteps": keep[residency.between_microsteps],
+            "reshard_after_forward": reshard_argument(
+                residency.after_forward, int(self.calibration["ranks_per_node"])
+            ),
+            "keep_between_microsteps": residency.between_microsteps.name.lower(),
             "accumulate": accumulate[residency.gradient_accumulation],
         }
 

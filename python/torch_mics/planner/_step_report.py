@@ -149,7 +149,7 @@ class _Run:
         topology, settings = self._topology, _C.StepSettings()
         settings.world_size = topology.world_size
         settings.partition_size = topology.partition_size
-        settings.gather = settings.reduce = largest.groups.variant(largest.hierarchical)
+        settings.gather = settings.reduce = largest.variant
         settings.residency = residency_of(largest)
         settings.num_microsteps = self._shape.num_microsteps
         settings.parameter_nbytes = largest.parameter_dtype.itemsize

@@ -15,9 +15,9 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from torch_mics._context import Context
-from torch_mics._hooks import _is_recomputation
-from torch_mics._optimizer_checks import _units_of
+from torch_mics._context import Context, context_of
+from torch_mics._hooks import is_recomputation
+from torch_mics._optimizer_checks import units_of_optimizer
 from torch_mics._training import check_sharded
 from torch_mics.planner._expected import Bytes, StepShape, counted_bytes, expected_bytes
 from torch_mics.planner._plan import Plan
@@ -68,15 +68,15 @@ class StepWatch:
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         if not torch.is_grad_enabled():
             self._has_other_forwards = True
-        elif not _is_recomputation():
+        elif not is_recomputation():
             self._microsteps += 1
             handle = self._unit.handle
             self._boundaries += handle is None or handle.settings.synchronize_gradients
 
     def _is_of_model(self, optimizer: torch.optim.Optimizer) -> bool:
         if self._optimizer is None or self._optimizer() is not optimizer:
-            context = self._unit.context
-            if context is None or not any(u.context is context for u in _units_of(optimizer)):
+            owner = self._unit.owner
+            if owner is None or not any(u.owner is owner for u in units_of_optimizer(optimizer)):
                 return False
             self._optimizer = weakref.ref(optimizer)
         return True
@@ -85,7 +85,7 @@ class StepWatch:
         # Of several optimizers the first to step after a forward ends the step.
         if self._microsteps == 0 or not self._is_of_model(optimizer):
             return
-        context = self._unit.context
+        context = context_of(self._unit)
         assert context is not None
         now, counted = time.perf_counter(), counted_bytes(context)
         self._steps += 1
