@@ -17,8 +17,8 @@ from torch_mics._flight import (  # noqa: E402
 )
 from torch_mics._full_state import full_state_dict, load_full_state_dict  # noqa: E402
 from torch_mics._fully_shard import fully_shard  # noqa: E402
-from torch_mics._groups import init_mesh  # noqa: E402
 from torch_mics._materialize import materialize  # noqa: E402
+from torch_mics._mesh import init_mesh  # noqa: E402
 from torch_mics._module import MiCSModule, UnshardHandle  # noqa: E402
 from torch_mics._shard_model import shard_model  # noqa: E402
 from torch_mics._training import (  # noqa: E402

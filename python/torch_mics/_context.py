@@ -13,7 +13,8 @@ from torch import nn
 
 from torch_mics import _C
 from torch_mics._exchange import check_same, exchange
-from torch_mics._groups import Communicators, flight_log
+from torch_mics._groups import Communicators
+from torch_mics._session import session
 from torch_mics._unit import ShardedUnit, units_of
 from torch_mics._unit_tree import listed
 
@@ -61,7 +62,7 @@ class Context:
         _check_shards(self.units)
         _check_agreement(self.units)
         # Kept here: all models of a session write into one.
-        self.flight_log = flight_log() if dist.get_world_size() > 1 else None
+        self.flight_log = session().flight_log() if dist.get_world_size() > 1 else None
         self.nccl_world = root_unit.groups.nccl_world()  # kept here too
         self.communicators: dict[_C.Variant, Communicators] = {}
         # Of units that are taken over: they keep theirs.

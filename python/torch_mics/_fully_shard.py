@@ -15,15 +15,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
-from torch_mics._groups import (
-    Groups,
-    HierarchicalGather,
-    ShardSize,
-    default_mesh,
-    ensure_process_group,
-    groups_of,
-)
+from torch_mics._groups import HierarchicalGather
 from torch_mics._hooks import lend, register_hooks
+from torch_mics._mesh import ShardSize, default_mesh, ensure_process_group, groups_of
 from torch_mics._module import MiCSModule
 from torch_mics._optimizer_checks import install_optimizer_checks
 from torch_mics._parameters import Place
@@ -111,7 +105,7 @@ def fully_shard(
     )
     found = _find_parameters(modules, ignored_params or set())
     _check_parameters(found)
-    device = _device_of(groups)
+    device = groups.device
     _move_to_device(modules, found, device)
     units = []
     for parameters in _by_dtype(found):
@@ -256,11 +250,6 @@ def _by_dtype(found: Found) -> list[Found]:
         parts.setdefault(entry[1].dtype, []).append(entry)
     order = {id(entry[1]): place for place, entry in enumerate(found)}
     return [sorted(part, key=lambda entry: order[id(entry[1])]) for part in parts.values()] or [[]]
-
-
-def _device_of(groups: Groups) -> torch.device:
-    kind = groups.mesh.device_type
-    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
 def _move_to_device(

@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor
 from torch_mics._construction import random_state, set_random_state
 from torch_mics._exchange import exchange
 from torch_mics._first_values import FirstValues
-from torch_mics._fully_shard import _device_of
 from torch_mics._initialisers import construct_again, run_initialisers
 from torch_mics._training import check_sharded
 from torch_mics._unit import units_of
@@ -51,7 +50,7 @@ def materialize(
     """
     check_sharded(model, "materialize")
     units = units_of(model)
-    target = torch.device(device) if device is not None else _device_of(units[0].groups)
+    target = torch.device(device) if device is not None else units[0].groups.device
     _check_ignored(model)
     values = FirstValues(model, units, target)
     if not values.is_needed:

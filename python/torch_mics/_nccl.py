@@ -1,4 +1,4 @@
-"""NCCL on this rank: whether it can be used, the world that makes its communicators, and its end."""
+"""The nccl backend: whether it can be used, the world that makes its communicators, and its end."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from torch_mics import _C
+from torch_mics._backend import Backend, Made, Properties, Reasons, Roles, membership
 from torch_mics._exchange import check_same, operation_timeout
+from torch_mics._hosts import host
 
-# What is still under way when the process ends is waited for this long.
+# How long the end of the process waits for collectives in flight.
 _PATIENCE = datetime.timedelta(seconds=5)
 
 _log = logging.getLogger("torch_mics")
 
 
 def check_device(device_type: str) -> None:
-    """Refuses "cuda" where it cannot be used.
+    """Checks that "cuda" can be used.
 
     Raises:
         RuntimeError: there is no GPU, or a library is missing; the message says which.
@@ -44,16 +46,11 @@ def version_text(version: int) -> str:
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
-def _registration(text: str) -> _C.NcclRegistration:
-    return {
-        "none": _C.NcclRegistration.NONE,
-        "buffers": _C.NcclRegistration.BUFFERS,
-        "windows": _C.NcclRegistration.WINDOWS,
-    }[text]
-
-
-def _switch(text: str) -> bool:
-    return {"0": False, "1": True}[text]
+_REGISTRATIONS = {
+    "none": _C.NcclRegistration.NONE,
+    "buffers": _C.NcclRegistration.BUFFERS,
+    "windows": _C.NcclRegistration.WINDOWS,
+}
 
 
 def _count(text: str) -> int:
@@ -62,18 +59,22 @@ def _count(text: str) -> int:
     return int(text)
 
 
-# By name of the variable: the argument of NcclWorld, what is taken without the variable, how it is read,
-# and the rule for messages.
+# By name of the variable: the argument of NcclWorld, its default, its parser, and the rule for messages.
 _OPTIONS: dict[str, tuple[str, str, Callable[[str], Any], str]] = {
-    "MICS_NCCL_REGISTRATION": ("registration", "none", _registration, "none, buffers or windows"),
-    "MICS_NCCL_COPY_ENGINE": ("copy_engine", "0", _switch, "0 or 1"),
+    "MICS_NCCL_REGISTRATION": (
+        "registration",
+        "none",
+        _REGISTRATIONS.__getitem__,
+        "none, buffers or windows",
+    ),
+    "MICS_NCCL_COPY_ENGINE": ("copy_engine", "0", {"0": False, "1": True}.__getitem__, "0 or 1"),
     "MICS_NCCL_MAX_IN_FLIGHT": ("max_in_flight", "4", _count, "a number, 0 for no limit"),
     "MICS_NCCL_MAX_CTAS": ("max_ctas", "0", _count, "a number, 0 for NCCL's choice"),
 }
 
 
 def options_from_environment() -> dict[str, Any]:
-    """Reads what is asked of NCCL, as arguments of NcclWorld. Collective.
+    """Reads options of NCCL from the environment, as arguments of NcclWorld. Collective.
 
     Raises:
         ValueError: on every rank: the variables differ between ranks, or one has another value.
@@ -90,40 +91,62 @@ def options_from_environment() -> dict[str, Any]:
     return options
 
 
-def make_world(host: str) -> _C.NcclWorld:
-    """Makes this rank's world on torch's current device. Collective.
+class Nccl(Backend):
+    """NCCL for GPUs. All communicators of a rank come from one world, which those who use it keep."""
 
-    Args:
-        host: names the host, not a simulated node. NCCL_HOSTID, which names it for NCCL, comes first.
+    name = "nccl"
+    properties = Properties("NCCL's, by algorithm", "NCCL's", registers_memory=True)
 
-    Raises:
-        ValueError: on every rank: ranks share a GPU, run other versions of NCCL, or ask other things of
-            it.
-    """
-    options = options_from_environment()
-    rank = dist.get_rank()
-    store = distributed_c10d._get_default_store()
-    # Ranks make their worlds in the same order, so the number is the same on all.
-    number = store.add(f"torch_mics/nccl_worlds/{rank}", 1)
-    world = _C.NcclWorld(
-        dist.PrefixStore(f"torch_mics/nccl/{number}", store),
-        rank=rank,
-        world_size=dist.get_world_size(),
-        device=torch.cuda.current_device(),
-        host=os.environ.get("NCCL_HOSTID") or host,
-        timeout=operation_timeout(),
-        **options,
-    )
-    # The watchdog's thread must not outlive the libraries that it calls.
-    atexit.register(_close, weakref.ref(world))
-    return world
+    def __init__(self) -> None:
+        self._world: weakref.ref[_C.NcclWorld] | None = None
 
+    def world(self) -> _C.NcclWorld:
+        """Gives this rank's world on torch's current device, for the caller to keep. Collective when new.
 
-def _close(reference: weakref.ref[_C.NcclWorld]) -> None:
-    world = reference()
-    if world is None:
-        return
-    try:
-        world.close(_PATIENCE)
-    except RuntimeError as error:
-        _log.warning("the communicators were aborted at the end of the process: %s", error)
+        Raises:
+            ValueError: on every rank: ranks share a GPU, run other versions of NCCL, or ask other things
+                of it.
+        """
+        found = self._world() if self._world is not None else None
+        if found is not None:
+            return found
+        options = options_from_environment()
+        rank = dist.get_rank()
+        store = distributed_c10d._get_default_store()
+        # Ranks make their worlds in the same order, so the number is the same on all.
+        number = store.add(f"torch_mics/nccl_worlds/{rank}", 1)
+        world = _C.NcclWorld(
+            dist.PrefixStore(f"torch_mics/nccl/{number}", store),
+            rank=rank,
+            world_size=dist.get_world_size(),
+            device=torch.cuda.current_device(),
+            host=os.environ.get("NCCL_HOSTID") or host(),  # not a simulated node
+            timeout=operation_timeout(),
+            **options,
+        )
+        self._world = weakref.ref(world)
+        # The watchdog's thread must not outlive the libraries that it calls.
+        atexit.register(self.close)
+        return world
+
+    def make(self, roles: Roles, topology: _C.Topology) -> tuple[Made, Reasons]:
+        world = self.world()
+        made = {
+            role: world.make_communicator(
+                **membership(role, groups, topology), only_gathers=role == "gather/intra"
+            )
+            for role, groups in roles.items()
+        }
+        return made, {}
+
+    def describe(self, why: str) -> str:
+        return f"{self.name} {version_text(_C.nccl_versions().library)}"
+
+    def close(self) -> None:
+        world = self._world() if self._world is not None else None
+        if world is None:
+            return
+        try:
+            world.close(_PATIENCE)
+        except RuntimeError as error:
+            _log.warning("the communicators were aborted at the end of the process: %s", error)

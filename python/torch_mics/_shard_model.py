@@ -10,7 +10,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from torch_mics._find_units import Units, find_and_explain
 from torch_mics._fully_shard import fully_shard
-from torch_mics._groups import HierarchicalGather, ShardSize, default_mesh, ensure_process_group
+from torch_mics._groups import HierarchicalGather
+from torch_mics._mesh import ShardSize, default_mesh, ensure_process_group
 from torch_mics.planner._auto import choose_shard_size
 
 Model = TypeVar("Model", bound=nn.Module)

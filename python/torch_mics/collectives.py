@@ -13,7 +13,8 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from torch_mics import _C
-from torch_mics._groups import HierarchicalGather, groups_of
+from torch_mics._groups import HierarchicalGather, traffic_of
+from torch_mics._mesh import groups_of
 
 
 class GroupCollectives:
@@ -89,16 +90,7 @@ class GroupCollectives:
 
     def traffic(self) -> dict[str, dict[str, int]]:
         """Gives this rank's calls and bytes since the start, as torch_mics.traffic()."""
-        return {
-            c.name: {
-                "calls": c.traffic.calls,
-                "sent_intra_nbytes": c.traffic.sent_intra_nbytes,
-                "sent_inter_nbytes": c.traffic.sent_inter_nbytes,
-                "received_intra_nbytes": c.traffic.received_intra_nbytes,
-                "received_inter_nbytes": c.traffic.received_inter_nbytes,
-            }
-            for c in self._of_groups()
-        }
+        return traffic_of(self._of_groups())
 
     def _of_groups(self) -> list[_C.Communicator]:
         replicate = self._communicators.replicate

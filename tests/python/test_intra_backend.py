@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import gc
+import itertools
 import os
 import re
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import pytest
@@ -22,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import torch_mics as mics
 from torch_mics import _C
+from torch_mics._groups import BACKENDS, Reach
 
 Bits = dict[str, torch.Tensor]
 
@@ -143,6 +146,23 @@ def test_a_world_of_one_needs_no_backend():
 
 def _own_world(rank: int) -> dict[str, str]:
     return first_backends(mics.init_mesh(1, device_type="cpu"))
+
+
+def test_the_page_of_backends_says_what_they_declare():
+    page = (Path(__file__).resolve().parents[2] / "docs/backends.md").read_text()
+    table = page.partition("<!-- table: properties -->")[2].partition("\n\n")[0]
+    declared = set()
+    for backend in {each for choices in BACKENDS.values() for each in choices}:
+        cells = dataclasses.astuple(backend.properties)
+        words = [{True: "yes", False: "no"}.get(cell, cell) for cell in cells]
+        declared.add(f"| {' | '.join([backend.name, *words])} |")
+    assert set(table.splitlines()[3:]) == declared
+
+
+def test_every_kind_of_group_has_a_backend():
+    assert set(BACKENDS) == set(itertools.product(("cpu", "cuda"), get_args(Reach)))
+    # The last one that is asked refuses nothing.
+    assert {choices[-1].name for choices in BACKENDS.values()} == {"local", "c10d", "nccl"}
 
 
 # --- one segment per group, shared by the models ---------------------------------------------------

@@ -18,7 +18,7 @@ from support.bodies import Layer, Stack, make, points
 from support.ranks import run_ranks
 
 import torch_mics as mics
-from torch_mics import _groups
+from torch_mics import _session
 
 WORLD = 4
 # Of the process group, seconds: waited for on purpose, and more than a busy machine needs for a step.
@@ -53,7 +53,7 @@ def wait_for(path: str, name: str, ranks: tuple[int, ...]) -> None:
 def run(rank: int, path: str, what: str) -> None:
     """One rank of a training in which rank 1 goes wrong after the second step."""
     torch.set_num_threads(1)
-    _groups._PATIENCE = PATIENCE
+    _session.PATIENCE = PATIENCE
     # Interpreters start at other times; the time-out is of the process group's start, too.
     Path(path, f"started{rank}").touch()
     wait_for(path, "started", (0, 1, 2, 3))

@@ -6,6 +6,7 @@ over Gloo.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import weakref
@@ -15,11 +16,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from support.fakes import carried_by
 from support.models import batch, loss, make_gpt
 from support.ranks import RankFailure, run_ranks
 
 import torch_mics as mics
-from torch_mics import _C, _groups, _nccl
+from torch_mics import _C, _exchange, _nccl
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this host has a GPU")
 
@@ -46,7 +48,7 @@ def _make_world(rank: int) -> str:
         mock.patch.object(torch.cuda, "current_device", return_value=0),
         pytest.raises(ValueError, match="NCCL needs a GPU") as caught,
     ):
-        _nccl.make_world("host")
+        _nccl.Nccl().world()
     return str(caught.value)
 
 
@@ -140,11 +142,11 @@ class StandIn:
 
 def _train(rank: int, through_world: bool) -> tuple[torch.Tensor, dict[str, str], str, list[Any]]:
     world = StandIn() if through_world else None
-    with mock.patch.object(_groups.Groups, "nccl_world", return_value=world):
+    with carried_by(world) if through_world else contextlib.nullcontext():
         model = mics.shard_model(make_gpt(blocks=1), shard_size=2)
         loss(model, batch(0, 0, rank)).backward()
     gradient = model.blocks[0].up.weight.grad.full_tensor()
-    report = model._mics_unit.owner.describe()
+    report = mics.describe(model)
     return gradient, mics.backends(model), report, world.made if world is not None else []
 
 
@@ -183,12 +185,14 @@ class Closing:
 @pytest.mark.parametrize("error", [None, _C.TimeoutError("late")])
 def test_the_end_of_the_process_closes_the_world_and_raises_nothing(error: Exception | None):
     world: Any = Closing(error)
-    _nccl._close(weakref.ref(world))
+    nccl = _nccl.Nccl()
+    nccl._world = weakref.ref(world)
+    nccl.close()
     assert len(world.closed) == 1
 
 
 def _timeout(rank: int) -> float:
-    return _nccl.operation_timeout().total_seconds()
+    return _exchange.operation_timeout().total_seconds()
 
 
 def test_the_time_out_is_that_of_the_process_group():

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from torch_mics import _C
 from torch_mics._exchange import exchange
-from torch_mics._groups import groups_of, init_mesh
 from torch_mics._hosts import node
+from torch_mics._mesh import groups_of, init_mesh
 
 DEFAULT_SIZES = (2**20, 2**24, 2**27)  # bytes of a unit
 _REPEATS = 5

@@ -21,7 +21,9 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-from torch_mics import _C, _groups
+from torch_mics import _C
+from torch_mics._groups import BACKENDS
+from torch_mics._nccl import Nccl
 
 # Where the C++ tests are built: by default where tests/run.sh builds them.
 VARIABLE = "MICS_TEST_FAKES"
@@ -53,6 +55,16 @@ def load() -> Any:
 
 
 @contextlib.contextmanager
+def carried_by(world: Any) -> Iterator[None]:
+    """Lets models on the CPU take communicators and streams from a world of NCCL."""
+    with (
+        mock.patch.dict(BACKENDS, {("cpu", "node"): (Nccl,), ("cpu", "nodes"): (Nccl,)}),
+        mock.patch.object(Nccl, "world", return_value=world),
+    ):
+        yield
+
+
+@contextlib.contextmanager
 def over_fakes(
     rank: int,
     *,
@@ -79,7 +91,7 @@ def over_fakes(
         registration=registration,
         copy_engine=copy_engine,
     )
-    with mock.patch.object(_groups.Groups, "nccl_world", return_value=world):
+    with carried_by(world):
         yield device
     world.close(datetime.timedelta(seconds=30))
     del world

@@ -1,0 +1,102 @@
+"""What carries the collectives of groups, and what it promises of them; local and c10d among them.
+
+A role is what a communicator carries ("gather/intra"); every rank of the world has a group for it.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import weakref
+from typing import Any, ClassVar
+
+import torch.distributed as dist
+
+from torch_mics import _C
+from torch_mics._exchange import operation_timeout
+
+RankGroups = list[list[int]]  # all groups of a role, all of one size
+Roles = dict[str, RankGroups]
+Made = dict[str, _C.Communicator]  # by role
+Reasons = dict[str, str]  # by role
+
+
+@dataclasses.dataclass(frozen=True)
+class Properties:
+    """What holds for the collectives of a backend; docs/backends.md has them as a table."""
+
+    sum_order: str = "rank order"
+    precision: str = "fp32, rounded once"  # of sums
+    groups_launches: bool = True  # the tensors of one call are one launch, without a copy
+    registers_memory: bool = False  # it can prepare the runtime's memory for the network
+
+
+class Backend(abc.ABC):
+    """Makes communicators; one object for all models of a session."""
+
+    name: ClassVar[str]
+    properties: ClassVar[Properties] = Properties()
+
+    @abc.abstractmethod
+    def make(self, roles: Roles, topology: _C.Topology) -> tuple[Made, Reasons]:
+        """Makes this rank's communicator of every role. Collective.
+
+        Returns:
+            Communicators, and the reason for each role that this backend cannot carry; both for the same
+            roles on every rank.
+        """
+
+    def describe(self, why: str) -> str:
+        """Names what carries a communicator; `why` rules out what would come before this backend."""
+        return f"{self.name} ({why})"
+
+    def close(self) -> None:  # noqa: B027
+        """Ends, with the process, what does not end with the last communicator; most have nothing."""
+
+
+def membership(role: str, groups: RankGroups, topology: _C.Topology) -> dict[str, Any]:
+    """Gives this rank's group of a role, as arguments that all makers of communicators have."""
+    mine = dist.get_rank()
+    ranks = next(group for group in groups if mine in group)
+    nodes = [topology.node_of(rank) for rank in ranks]
+    return {"name": role, "world_ranks": ranks, "nodes": nodes, "rank": ranks.index(mine)}
+
+
+class Local(Backend):
+    """Ranks as threads of one process; here a group of one, which moves nothing."""
+
+    name = "local"
+
+    def make(self, roles: Roles, topology: _C.Topology) -> tuple[Made, Reasons]:
+        made = {}
+        for role, groups in roles.items():
+            world = _C.LocalWorld(topology.world_size, timeout=operation_timeout())
+            made[role] = world.make_communicator(**membership(role, groups, topology))
+        return made, {}
+
+
+class C10d(Backend):
+    """torch's process groups, which live until torch.distributed ends."""
+
+    name = "c10d"
+    properties = Properties(groups_launches=False)
+
+    def __init__(self) -> None:
+        self._groups: weakref.WeakValueDictionary[str, dist.ProcessGroup] = (
+            weakref.WeakValueDictionary()
+        )
+
+    def make(self, roles: Roles, topology: _C.Topology) -> tuple[Made, Reasons]:
+        timeout = operation_timeout()
+        made = {}
+        for role, groups in roles.items():
+            member = membership(role, groups, topology)
+            # One per role: roles run on different streams, and a process group has one order.
+            key = f"{role} {groups}"
+            found = self._groups.get(key)
+            if found is None:
+                # Every rank makes all groups of a role.
+                new = {str(group): dist.new_group(group, timeout=timeout) for group in groups}
+                found = self._groups[key] = new[str(member["world_ranks"])]
+            made[role] = _C.make_c10d_communicator(found, **member, timeout=timeout)
+        return made, {}
