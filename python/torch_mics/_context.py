@@ -13,10 +13,10 @@ from torch import nn
 
 from torch_mics import _C
 from torch_mics._exchange import check_same, exchange
+from torch_mics._find_units import listed
 from torch_mics._groups import Communicators
 from torch_mics._session import session
 from torch_mics._unit import ShardedUnit, units_of
-from torch_mics._unit_tree import listed
 
 _log = logging.getLogger("torch_mics")
 
