@@ -1,4 +1,4 @@
-"""FirstValues: a model while its first values are made, and the way back when they cannot be."""
+"""FirstValues: a model while its parameters get their first values, and how to undo that."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch_mics._standins import (
     is_exactly_poison,
     poison,
 )
-from torch_mics._unit import ShardedUnit
+from torch_mics._unit import ShardedUnit, original_class
 
 
 @dataclasses.dataclass
@@ -54,7 +54,7 @@ class Buffer:
         return self.working._version - self.version if now is self.working else 1
 
     def record(self, tensor: torch.Tensor) -> None:
-        """Puts in what construction gave."""
+        """Registers what construction has made."""
         self.working, self.version, self.is_recorded = tensor, tensor._version, True
         self.module._buffers[self.name] = tensor
 
@@ -157,11 +157,15 @@ class FirstValues:
             for name, value in vars(module).items():
                 if name not in ("_parameters", "_buffers") and _loose_tensors(value):
                     self.loose.append(Loose(module, name, value))
-        # Initialisers may call modules: a parametrised weight is computed by one.
-        # They may go by the names of classes.
+        self._make_plain()
+        self.todo = {id(p.module) for s in self.slots if not s.is_kept for p in s.parameter.places}
+        self.todo |= {id(buffer.module) for buffer in self.buffers if not buffer.is_kept}
+
+    def _make_plain(self) -> None:
+        """Takes hooks and classes from the modules: initialisers may call them, or ask for the class."""
         self._hooks = []
         self._classes = []
-        for unit in units:
+        for unit in self._all_units:
             unit.forward.is_full_elsewhere = True
             for module in unit.modules:
                 self._hooks.append((module, module._forward_pre_hooks, module._forward_hooks))
@@ -169,8 +173,6 @@ class FirstValues:
                 module._forward_hooks = OrderedDict()
                 self._classes.append((module, type(module)))
                 module.__class__ = original_class(module)
-        self.todo = {id(p.module) for s in self.slots if not s.is_kept for p in s.parameter.places}
-        self.todo |= {id(buffer.module) for buffer in self.buffers if not buffer.is_kept}
 
     def _allocate_shards(self) -> None:
         release(self.units)
@@ -336,11 +338,4 @@ class FirstValues:
         for module, before, after in self._hooks:
             module._forward_pre_hooks, module._forward_hooks = before, after
         for slot in self.slots:
-            for place in slot.parameter.places:
-                place.module._parameters[place.name] = slot.parameter.sharded
-
-
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """Of the module before it was sharded."""
-    cls = type(module)
-    return cls.__mro__[getattr(cls, "_orig_cls_mro_index", 0)]
+            slot.parameter.register(slot.parameter.sharded)

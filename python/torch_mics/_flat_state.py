@@ -18,6 +18,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from torch_mics import _C
+from torch_mics._parameters import wrap
 from torch_mics._unit import ShardedUnit, unit_of_parameter
 
 # optimizer.state: what torch keeps per parameter.
@@ -108,14 +109,8 @@ class Segment:
             parameter = self.parameters[index]
             assert isinstance(parameter, DTensor)
             local = _C.make_part(self._flat[key], self._starts[index], _local(parameter).shape)
-            views[index] = DTensor.from_local(
-                local,
-                parameter.device_mesh,
-                parameter.placements,
-                run_check=False,
-                shape=parameter.shape,
-                stride=parameter.stride(),
-            )
+            mesh, placements = parameter.device_mesh, parameter.placements
+            views[index] = wrap(local, mesh, placements, parameter.shape)
         return views[index]
 
     def _find_runs(self, keys: tuple[str, ...], is_new: list[bool]) -> Iterator[Run]:

@@ -22,7 +22,7 @@ from torch_mics._module import MiCSModule
 from torch_mics._optimizer_checks import install_optimizer_checks
 from torch_mics._parameters import Place
 from torch_mics._policy import resolve_policy
-from torch_mics._settings import Settings
+from torch_mics._settings import Settings, resolve_accumulate, resolve_keep, resolve_reshard
 from torch_mics._state_dict_hooks import register_state_dict_hooks
 from torch_mics._unit import ShardedUnit
 
@@ -96,38 +96,39 @@ def fully_shard(
         mesh = default_mesh("node" if shard_size is None else shard_size)
     groups = groups_of(mesh)
     variant = groups.variant(hierarchical_gather)
-    settings = Settings.resolve(
-        groups.topology,
-        variant,
-        reshard_after_forward=reshard_after_forward,
-        keep_between_microsteps=keep_between_microsteps,
-        accumulate=accumulate,
+    settings = Settings(
+        resolve_reshard(reshard_after_forward, groups.topology, variant),
+        resolve_keep(keep_between_microsteps, groups.topology, variant),
+        accumulate=resolve_accumulate(accumulate, groups.topology, variant),
     )
     found = _find_parameters(modules, ignored_params or set())
     _check_parameters(found)
-    device = groups.device
-    _move_to_device(modules, found, device)
+    _move_to_device(modules, found, groups.device)
     units = []
     for parameters in _by_dtype(found):
         # The methods of a module set what all its units have.
         own = dataclasses.replace(settings)
         units.append(ShardedUnit(modules, groups, variant, policy, own))
         with torch.no_grad():
-            units[-1].cut(parameters, device)
-    unit = units[0]
-    unit.companions = units[1:]
+            units[-1].cut(parameters, groups.device)
+    units[0].companions = units[1:]
     for ignored in ignored_params or set():
         ignored._mics_ignored = True  # type: ignore[attr-defined]
-    for each in modules:
-        each._mics_unit = unit  # type: ignore[assignment]
-        _swap_class(each)
-        # What other functions of torch ask: replicate() leaves such modules alone.
-        registry = each.__dict__.setdefault(REGISTRY_KEY, collections.OrderedDict())
+    _attach(units[0])
+    install_optimizer_checks()
+    return module
+
+
+def _attach(unit: ShardedUnit) -> None:
+    """Turns the unit's modules into sharded ones."""
+    for module in unit.modules:
+        module._mics_unit = unit  # type: ignore[assignment]
+        _swap_class(module)
+        # replicate() of torch looks here, and leaves such modules alone.
+        registry = module.__dict__.setdefault(REGISTRY_KEY, collections.OrderedDict())
         registry["fully_shard"] = RegistryItem()
     register_hooks(unit)
     register_state_dict_hooks(unit)
-    install_optimizer_checks()
-    return module
 
 
 def _as_list(module: nn.Module | list[nn.Module]) -> list[nn.Module]:

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from torch_mics._construction import Construction, meta_device
-from torch_mics._first_values import FirstValues, Loose, original_class
+from torch_mics._first_values import FirstValues, Loose
 from torch_mics._parameters import Place
 from torch_mics._replay import RandomStream, Replay
 from torch_mics._standins import Slot
+from torch_mics._unit import original_class
 
 Initialiser = Callable[[nn.Module], Any]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from torch_mics import _C
 from torch_mics._groups import Groups
@@ -49,6 +51,11 @@ class Parameter:
         """This rank's rows, a part of the shard; maybe none."""
         return self.sharded._local_tensor  # type: ignore[attr-defined]
 
+    def register(self, tensor: nn.Parameter) -> None:
+        """Lets the modules hold `tensor` in this parameter's places."""
+        for place in self.places:
+            place.module._parameters[place.name] = tensor
+
 
 def copy_marks(marks: dict[str, Any], tensor: torch.Tensor) -> None:
     """Gives a tensor the attributes of the parameter that it stands for."""
@@ -56,6 +63,14 @@ def copy_marks(marks: dict[str, Any], tensor: torch.Tensor) -> None:
     for name, value in marks.items():
         if not name.startswith("_mics_"):
             setattr(tensor, name, value)
+
+
+def wrap(
+    local: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement], sizes: torch.Size
+) -> DTensor:
+    """Makes a contiguous DTensor of `sizes` over this rank's rows; no copy, no communication."""
+    stride = torch.empty(sizes, device="meta").stride()
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=sizes, stride=stride)
 
 
 class ShardedParameters:
@@ -121,13 +136,8 @@ class ShardedParameters:
         )
 
     def _wrap(self, local: torch.Tensor, sizes: torch.Size) -> DTensor:
-        """A DTensor over this rank's rows; no copy, no communication."""
         mesh = self.groups.mesh
-        placements = [Shard(0)] if mesh.ndim == 1 else [Replicate(), Shard(0)]
-        stride = torch.empty(sizes, device="meta").stride()
-        return DTensor.from_local(
-            local, mesh, placements, run_check=False, shape=sizes, stride=stride
-        )
+        return wrap(local, mesh, [Shard(0)] if mesh.ndim == 1 else [Replicate(), Shard(0)], sizes)
 
     def cut(self, found: list[tuple[str, nn.Parameter, list[Place]]], device: torch.device) -> None:
         """Copies this rank's rows of full parameters into a new shard and registers the DTensors.
@@ -137,42 +147,31 @@ class ShardedParameters:
             device: of the shard. It stays on the meta device as long as one parameter is there; the rows
                 of the others are kept aside.
         """
-        dtype = found[0][1].dtype if found else torch.float32
         is_meta = any(full.is_meta for _, full, _ in found)
-        self.shard = torch.empty(0, dtype=dtype)
         self.parameters = [
-            Parameter(name, full.size(), places, full) for name, full, places in found
+            Parameter(name, full.size(), places, full, dict(full.__dict__))
+            for name, full, places in found
         ]
-        layout = self.layout()
-        self.shard = torch.zeros(
-            layout.shard_numel, dtype=dtype, device="meta" if is_meta else device
-        )
+        dtype = found[0][1].dtype if found else torch.float32
+        layout = self._allocate(dtype, torch.device("meta") if is_meta else device)
         for index, parameter in enumerate(self.parameters):
-            full = parameter.sharded
-            local = self._view(self.shard, layout, index, parameter.sizes)
+            full = parameter.sharded.detach()
             first, last = layout.rows_of(index, self.partition_rank)
+            local = self._view(self.shard, layout, index, parameter.sizes)
             if not is_meta:
-                local.copy_(full.detach()[first:last])
-            elif not full.is_meta:
-                parameter.kept = full.detach()[first:last].clone()
-            if is_meta:
-                parameter.source = full.detach() if full.is_meta else None
-            sharded = nn.Parameter(
-                self._wrap(local, parameter.sizes), requires_grad=full.requires_grad
-            )
-            parameter.marks = dict(full.__dict__)
-            copy_marks(parameter.marks, sharded)
-            # nn.Parameter detaches, and with it the version counter that tells of writes.
-            sharded._local_tensor = local  # type: ignore[attr-defined]
-            parameter.sharded = sharded
-            full._mics_replaced = parameter.name  # type: ignore[attr-defined]
-            for place in parameter.places:
-                place.module._parameters[place.name] = sharded
-        self._mark_parameters()
+                local.copy_(full[first:last])
+            elif full.is_meta:
+                parameter.source = full
+            else:
+                parameter.kept = full[first:last].clone()
+            self.replace(parameter, local)
 
-    def _mark_parameters(self) -> None:
-        for parameter in self.parameters:
-            parameter.sharded._mics_unit = self._reference  # type: ignore[attr-defined]
+    def _allocate(self, dtype: torch.dtype, device: torch.device) -> _C.ShardLayout:
+        """Makes a new shard and gives its layout."""
+        self.shard = torch.empty(0, dtype=dtype)
+        layout = self.layout()
+        self.shard = torch.zeros(layout.shard_numel, dtype=dtype, device=device)
+        return layout
 
     def repack(self) -> None:
         """Moves the local tensors, wherever they are now, into one new shard, and binds them to it.
@@ -189,16 +188,13 @@ class ShardedParameters:
             locals_now = [parameter.local.detach() for parameter in self.parameters]
         if len({(local.device, local.dtype) for local in locals_now}) > 1:
             return  # a unit of several modules, of which some have still to be moved
-        device, dtype = locals_now[0].device, locals_now[0].dtype
-        self.shard = torch.empty(0, dtype=dtype)
-        layout = self.layout()
-        self.shard = torch.zeros(layout.shard_numel, dtype=dtype, device=device)
+        layout = self._allocate(locals_now[0].dtype, locals_now[0].device)
         for index, parameter in enumerate(self.parameters):
             view = self._view(self.shard, layout, index, parameter.sizes)
             if not self.shard.is_meta:
                 view.copy_(locals_now[index])
             parameter.sharded._local_tensor = view  # type: ignore[attr-defined]
-        self._mark_parameters()
+            parameter.sharded._mics_unit = self._reference  # type: ignore[attr-defined]
 
     def _bring_back_kept(self) -> None:
         for parameter in self.parameters:
@@ -207,15 +203,18 @@ class ShardedParameters:
             parameter.kept = None
 
     def replace(self, parameter: Parameter, local: torch.Tensor) -> None:
-        """Makes the DTensor of `parameter` anew, on the device of `local`; repack() lays it down."""
+        """Makes the DTensor of `parameter` anew, over `local`; repack() lays it down in the shard."""
+        before = parameter.sharded
         sharded = nn.Parameter(
-            self._wrap(local, parameter.sizes), requires_grad=parameter.sharded.requires_grad
+            self._wrap(local, parameter.sizes), requires_grad=before.requires_grad
         )
-        parameter.sharded._mics_replaced = parameter.name  # type: ignore[attr-defined]
+        # nn.Parameter detaches, and with it the version counter that tells of writes.
+        sharded._local_tensor = local  # type: ignore[attr-defined]
+        sharded._mics_unit = self._reference  # type: ignore[attr-defined]
+        before._mics_replaced = parameter.name  # type: ignore[attr-defined]
         copy_marks(parameter.marks, sharded)
         parameter.sharded = sharded
-        for place in parameter.places:
-            place.module._parameters[place.name] = sharded
+        parameter.register(sharded)
 
     def make_gradients(
         self, has_gradient: list[bool]

@@ -28,31 +28,6 @@ class Settings:
     gradient_divide_factor: float | None = None  # None: the world size
     reductions_in_flight: int = 2  # the root's holds for all
 
-    @classmethod
-    def resolve(
-        cls,
-        topology: _C.Topology,
-        variant: _C.Variant,
-        *,
-        reshard_after_forward: object,
-        keep_between_microsteps: object,
-        accumulate: str,
-    ) -> Settings:
-        """Resolves arguments of fully_shard() for a partition group and the way it is gathered.
-
-        Raises:
-            ValueError: one of them is unknown, or impossible with these groups.
-        """
-        reshard = resolve_reshard(reshard_after_forward, topology, variant)
-        keep = resolve_keep(keep_between_microsteps, topology, variant)
-        if accumulate not in ("two_hop", "block", "local"):
-            raise ValueError(
-                f'accumulate must be "two_hop", "block" or "local": got {accumulate!r}.'
-            )
-        if accumulate == "block":
-            _check_block('accumulate="block"', topology, variant)
-        return cls(reshard, keep, accumulate=accumulate)
-
     def described(self, ranks_per_node: int) -> dict[str, str]:
         """Gives the settings as a user writes them, for messages."""
         words = vars(self) | {
@@ -132,6 +107,15 @@ def resolve_keep(asked: object, topology: _C.Topology, variant: _C.Variant) -> _
     if asked == "block":
         _check_block('keep_between_microsteps="block"', topology, variant)
     return RESIDENCIES[asked]
+
+
+def resolve_accumulate(asked: str, topology: _C.Topology, variant: _C.Variant) -> str:
+    """Refuses what set_requires_gradient_sync(False) cannot mean here, by ValueError."""
+    if asked not in ("two_hop", "block", "local"):
+        raise ValueError(f'accumulate must be "two_hop", "block" or "local": got {asked!r}.')
+    if asked == "block":
+        _check_block('accumulate="block"', topology, variant)
+    return asked
 
 
 def _check_block(asked: str, topology: _C.Topology, variant: _C.Variant) -> None:

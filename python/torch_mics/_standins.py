@@ -85,7 +85,7 @@ class Slot:
     ) -> None:
         self.values = values
         self.unit = unit
-        self.index = index
+        self._index = index
         self.parameter = parameter
         self.has_values = has_values
         self.is_kept = has_values
@@ -170,21 +170,20 @@ class Slot:
 
     def take(self, full: torch.Tensor) -> None:
         """Writes this rank's rows of `full` into the shard."""
-        first, last = self.unit.layout().rows_of(self.index, self.unit.partition_rank)
+        first, last = self.unit.layout().rows_of(self._index, self.unit.partition_rank)
         self.parameter.local.copy_(full[first:last])
         self.is_incomplete = is_poisoned(full)
         self.has_values = True
 
     def apart(self) -> Slot:
         """A slot like this one, whose values are dropped."""
-        other = Slot(self.values, self.unit, self.index, self.parameter, has_values=False)
+        other = Slot(self.values, self.unit, self._index, self.parameter, has_values=False)
         other.is_kept = True
         return other
 
     def place(self) -> None:
         """Puts the stand-in into the modules."""
-        for place in self.parameter.places:
-            place.module._parameters[place.name] = self.stand_in
+        self.parameter.register(self.stand_in)
 
     def take_replaced(self, places: Iterable[Any]) -> None:
         """Takes the values of tensors that an initialiser has put in place of the stand-in."""

@@ -39,7 +39,7 @@ def _before_load(
     local_metadata: dict[str, Any],
     *args: Any,
 ) -> None:
-    """Refuses what cannot be taken, before anything is."""
+    """Refuses a state dict that cannot be loaded, before anything is loaded."""
     _register_sharded(module)
     assigns = local_metadata.get("assign_to_params_buffers", False)
     for name, parameter in module.named_parameters():
@@ -57,7 +57,7 @@ def _before_load(
 
 
 def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
-    """Takes the values of parameters that load_state_dict(assign=True) put in place of ours."""
+    """Takes the values of the parameters that load_state_dict(assign=True) has put into the modules."""
     for unit in module._mics_unit.all:  # type: ignore[union-attr]
         _take_assigned(unit)
 
@@ -71,26 +71,22 @@ def _take_assigned(unit: ShardedUnit) -> None:
                 replaced.append((parameter, held))
     if not replaced:
         return
-    if unit.shard.is_meta:
+    is_meta = unit.shard.is_meta
+    if is_meta:
         release([unit])
-        for parameter, present in replaced:
+    for parameter, present in replaced:
+        if is_meta:
             # The assigned tensors bring the device; repack() lays the shard around them.
             parameter.sharded = nn.Parameter(
                 present.detach(), requires_grad=parameter.sharded.requires_grad
             )
-        _restore(unit)
-        unit.repack()
-        return
-    with torch.no_grad():
-        for parameter, present in replaced:
-            parameter.sharded.copy_(present)
-    _restore(unit)
-
-
-def _restore(unit: ShardedUnit) -> None:
+        else:
+            with torch.no_grad():
+                parameter.sharded.copy_(present)
     for parameter in unit.parameters:
-        for place in parameter.places:
-            place.module._parameters[place.name] = parameter.sharded
+        parameter.register(parameter.sharded)
+    if is_meta:
+        unit.repack()
 
 
 def _check_assigned(name: str, mine: DTensor, assigned: torch.Tensor) -> None:

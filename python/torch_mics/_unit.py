@@ -226,6 +226,12 @@ class ShardedUnit(ShardedParameters):
             )
 
 
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """Of the module before it was sharded."""
+    cls = type(module)
+    return cls.__mro__[getattr(cls, "_orig_cls_mro_index", 0)]
+
+
 def unit_of(module: nn.Module) -> ShardedUnit | None:
     """Gives the unit that a module was sharded with, without its companions; None for other modules."""
     unit: ShardedUnit | None = getattr(module, "_mics_unit", None)
