@@ -10,26 +10,13 @@ from torch_mics import checkpoint, collectives, optim  # noqa: E402
 from torch_mics._C import CommError, InternalError, TimeoutError  # noqa: E402
 from torch_mics._construction import meta_device  # noqa: E402
 from torch_mics._exit_rank import exit_rank  # noqa: E402
-from torch_mics._flight import (  # noqa: E402
-    export_chrome_trace,
-    export_flight_recorder,
-    flight_log,
-)
 from torch_mics._full_state import full_state_dict, load_full_state_dict  # noqa: E402
 from torch_mics._fully_shard import fully_shard  # noqa: E402
 from torch_mics._materialize import materialize  # noqa: E402
 from torch_mics._mesh import init_mesh  # noqa: E402
 from torch_mics._module import MiCSModule, UnshardHandle  # noqa: E402
 from torch_mics._shard_model import shard_model  # noqa: E402
-from torch_mics._training import (  # noqa: E402
-    backends,
-    clip_grad_norm_,
-    describe,
-    exposed,
-    memory,
-    microbatch,
-    traffic,
-)
+from torch_mics._training import clip_grad_norm_, microbatch  # noqa: E402
 from torch_mics._unsharded import unsharded  # noqa: E402
 from torch_mics._version import __version__  # noqa: E402
 from torch_mics.planner import (  # noqa: E402
@@ -40,6 +27,12 @@ from torch_mics.planner import (  # noqa: E402
     predicted_bytes,
     report_after,
 )
+from torch_mics.report._flight import (  # noqa: E402
+    export_chrome_trace,
+    export_flight_recorder,
+    flight_log,
+)
+from torch_mics.report._model import backends, describe, exposed, memory, traffic  # noqa: E402
 
 __all__ = [
     "CommError",

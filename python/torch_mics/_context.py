@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,10 +13,9 @@ from torch import nn
 
 from torch_mics import _C
 from torch_mics._exchange import check_same, exchange
-from torch_mics._find_units import listed
 from torch_mics._groups import Communicators
 from torch_mics._session import session
-from torch_mics._unit import ShardedUnit, units_of
+from torch_mics._unit import ShardedUnit, original_class, units_of
 
 _log = logging.getLogger("torch_mics")
 
@@ -61,11 +60,11 @@ class Context:
         self._name_units(root)
         _check_shards(self.units)
         _check_agreement(self.units)
-        # Kept here: all models of a session write into one.
+        # All models of a session share these two, and each keeps them alive.
         self.flight_log = session().flight_log() if dist.get_world_size() > 1 else None
-        self.nccl_world = root_unit.groups.nccl_world()  # kept here too
+        self.nccl_world = root_unit.groups.nccl_world()
         self.communicators: dict[_C.Variant, Communicators] = {}
-        # Of units that are taken over: they keep theirs.
+        # Of the units of older contexts, which keep theirs.
         self.other_communicators = [made for other in older for made in other.all_communicators()]
         for unit in self.units:
             if unit.handle is not None:
@@ -76,41 +75,13 @@ class Context:
         self.streams = root_unit.groups.streams(root_unit.shard.device)
         self._has_told_of_order = False
         self._make_engine(older)
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        if rank == 0 and _log.isEnabledFor(logging.INFO):
-            _log.info(self.describe())
-
-    def describe(self) -> str:
-        """The start-up report: what the model runs with, and what was asked for and not obtained."""
-        topology = self.root_unit.groups.topology
-        variants = " and ".join(sorted(variant.name.lower() for variant in self.communicators))
-        numel = sum(parameter.sizes.numel() for unit in self.units for parameter in unit.parameters)
-        lines = [
-            f"torch_mics {_C.version}, built for torch {_C.built_for_torch}",
-            f"groups: {topology.replication_size} replicas over partition groups of "
-            f"{topology.partition_size}, {variants}; {topology.describe_nodes()}",
-            f"units: {len(self.units)} of {numel:,} parameters in {self.root_unit.dtype}, computed in "
-            f"{self.root_unit.parameter_dtype}, reduced in {self.root_unit.reduce_dtype}",
-        ]
-        lines += [note for unit in self.units for note in unit.notes]
-        lent = [unit.name for unit in self.units if unit.handle is not None and unit.handle.is_lent]
-        if lent:
-            lines.append(
-                f"lent: {listed(lent)}, used by others than their own forwards, and gathered until the "
-                "outermost forward returns"
-            )
-        lines += [f"{name}: {carried}" for name, carried in self.backends().items()]
-        memory = self.engine.memory()
-        parts = ", ".join(f"{part.name} {part.nbytes:,}" for part in memory.parts)
-        lines.append(f"memory: {memory.nbytes:,} bytes ({parts or 'none'})")
-        if self.nccl_world is not None:
-            lines += [f"note: {text}" for text in self.nccl_world.notes()]
-        return "\n  ".join(lines)
 
     def _name_units(self, root: nn.Module) -> None:
         names = {id(module): name for name, module in root.named_modules()}
         for unit in self.units:
-            found = [names.get(id(module)) or _class_name(module) for module in unit.modules]
+            found = [
+                names.get(id(module)) or original_class(module).__name__ for module in unit.modules
+            ]
             for each in unit.all:
                 each.name = ", ".join(found)
             for companion in unit.companions:
@@ -132,8 +103,8 @@ class Context:
             unit.attach(self, self.engine, handle, index, is_root=is_root)
         for other in older:
             self.engine.adopt(other.engine, [unit.index for unit in other.units])
-        self.engine.set_hook_check(functools.partial(_check_hooks, weakref.ref(self)))
-        self.engine.set_refresh(functools.partial(_follow_requires_grad, weakref.ref(self)))
+        self.engine.set_hook_check(_weakly(self.check_hooks))
+        self.engine.set_refresh(_weakly(self.follow_requires_grad))
         self.push_prefetch()
         for unit in self.units:
             unit.push_settings()
@@ -147,7 +118,7 @@ class Context:
         )
 
     def push_prefetch(self) -> None:
-        """Tells the engine what the user wants gathered ahead."""
+        """Tells the engine which prefetches the user has asked for."""
 
         def indices(units: list[ShardedUnit]) -> list[int]:
             return [other.index for other in units if other.owner is self]
@@ -157,14 +128,14 @@ class Context:
             self.engine.set_prefetch(_C.Phase.BACKWARD, unit.index, indices(unit.backward_prefetch))
 
     def refresh(self) -> None:
-        """Follows parameters that were frozen or unfrozen since. Before an outermost forward."""
+        """Follows parameters that were frozen or unfrozen. To be called before an outermost forward."""
         self._tell_of_order_changes()
-        # Without autograd it makes no difference, and it may be put back before it does.
+        # Without autograd nothing depends on it, and it may be set back before something does.
         if torch.is_grad_enabled() and not self.engine.matches_requires_grad():
             self.follow_requires_grad()
 
     def follow_requires_grad(self) -> None:
-        """Lets units have gradients for the parameters that require them now. Collective."""
+        """Gives units gradients for the parameters that now require them. Collective."""
         check_same(
             "which parameters require gradients",
             {
@@ -176,13 +147,25 @@ class Context:
             if unit.handle is not None and not unit.handle.matches_requires_grad():
                 unit.change_trainable()
 
+    def check_hooks(self) -> None:
+        """Raises RuntimeError where a sharded parameter has a hook that would never run."""
+        for unit in self.units:
+            for parameter in unit.parameters:
+                if parameter.sharded._backward_hooks:
+                    raise RuntimeError(
+                        "a sharded parameter must have no gradient hooks: got Tensor.register_hook on "
+                        f'"{parameter.name}" of unit "{unit.name}". Autograd never sees sharded '
+                        "parameters. Use register_post_accumulate_grad_hook, set_all_reduce_hook on its "
+                        "unit, or change `.grad` after backward."
+                    )
+
     def _tell_of_order_changes(self) -> None:
         if self._has_told_of_order or self.engine.num_order_changes == 0:
             return
         self._has_told_of_order = True
         _log.warning(
             "units have run in another order than the one recorded before: they were gathered on demand, "
-            "and the new order is recorded. Where that goes on, gathers do not run ahead of their use."
+            "and the new order is recorded. As long as the order keeps changing, nothing is prefetched."
         )
 
     def close(self) -> None:
@@ -203,71 +186,25 @@ class Context:
             unit.detach()
 
     def all_communicators(self) -> list[_C.Communicator]:
-        """Lists those of its units, and the one of all ranks."""
+        """Lists the communicators of its units, and the one of all ranks."""
         found = [c for made in self.communicators.values() for c in made.all()]
         found += self.other_communicators
         return found if self.control is None else [*found, self.control]
 
-    def backends(self) -> dict[str, str]:
-        """Says what carries each communicator, by name; several groups of one name may differ."""
-        carried: dict[str, list[str]] = {}
-        for communicator in self.all_communicators():
-            texts = carried.setdefault(communicator.name, [])
-            text = self._backend_of(communicator)
-            if text not in texts:
-                texts.append(text)
-        return {name: "; ".join(texts) for name, texts in carried.items()}
-
-    def _backend_of(self, communicator: _C.Communicator) -> str:
-        known = (unit.groups.backends.get(communicator) for unit in self.units)
-        return next(text for text in known if text is not None)
-
-    def traffic(self) -> dict[str, dict[str, int]]:
-        """Sums this rank's counters by communicator name."""
-        totals: dict[str, dict[str, int]] = {}
-        for communicator in self.all_communicators():
-            counters = totals.setdefault(communicator.name, dict.fromkeys(_TRAFFIC_FIELDS, 0))
-            traffic = communicator.traffic
-            for field in _TRAFFIC_FIELDS:
-                counters[field] += getattr(traffic, field)
-        return totals
-
-
-def _class_name(module: nn.Module) -> str:
-    """Of the module before it was sharded."""
-    cls = type(module)
-    return cls.__mro__[cls._orig_cls_mro_index].__name__  # type: ignore[attr-defined]
-
 
 _CHECKSUM_CHUNK = 1 << 22  # elements; bounds the memory of _checksum
 
-_TRAFFIC_FIELDS = (
-    "calls",
-    "sent_intra_nbytes",
-    "sent_inter_nbytes",
-    "received_intra_nbytes",
-    "received_inter_nbytes",
-)
 
+def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """Makes a callback of a method that does not keep its object alive."""
+    reference = weakref.WeakMethod(method)
 
-def _follow_requires_grad(reference: weakref.ref[Context]) -> None:
-    context = reference()
-    if context is not None:
-        context.follow_requires_grad()
+    def call() -> None:
+        found = reference()
+        if found is not None:
+            found()
 
-
-def _check_hooks(reference: weakref.ref[Context]) -> None:
-    """Raises where a sharded parameter has a hook that would never run."""
-    context = reference()
-    for unit in context.units if context is not None else []:
-        for parameter in unit.parameters:
-            if parameter.sharded._backward_hooks:
-                raise RuntimeError(
-                    "a sharded parameter must have no gradient hooks: got Tensor.register_hook on "
-                    f'"{parameter.name}" of unit "{unit.name}". Autograd never sees sharded '
-                    "parameters. Use register_post_accumulate_grad_hook, set_all_reduce_hook on its "
-                    "unit, or change `.grad` after backward."
-                )
+    return call
 
 
 def _check_shards(units: list[ShardedUnit]) -> None:

@@ -11,8 +11,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.tensor import DTensor
 
 from torch_mics._exchange import all_or_none, exchange, together
+from torch_mics._module import sharded_module
+from torch_mics._parameters import wrap
 from torch_mics._state_dict_hooks import plain_name
-from torch_mics._training import sharded_module
 from torch_mics._unit import units_of
 
 
@@ -77,10 +78,7 @@ def full_tensor(sharded: DTensor) -> torch.Tensor:
         local = local.unsqueeze(-1)
     codes = local.contiguous().view(torch.uint8)
     shape = torch.Size([sharded.shape[0], *codes.shape[1:]])
-    stride = torch.empty(shape, device="meta").stride()
-    whole = DTensor.from_local(
-        codes, sharded.device_mesh, sharded.placements, run_check=False, shape=shape, stride=stride
-    ).full_tensor()
+    whole = wrap(codes, sharded.device_mesh, sharded.placements, shape).full_tensor()
     return whole.view(sharded.dtype).view(sharded.shape)
 
 

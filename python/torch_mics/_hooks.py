@@ -1,6 +1,6 @@
 """Hooks on module forward: gather before, reshard after. Backward runs from the C++ core.
 
-What is here is the long way of _C.UnitHooks; most forwards take the short one, in C++.
+This is the slow path of _C.UnitHooks. Most forwards take the fast path, which is C++ alone.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from torch_mics import _C
 from torch_mics._context import Context, context_of
 from torch_mics._policy import cast_floating, find_tensors
 from torch_mics._unit import ShardedUnit
+from torch_mics.report._startup import log_startup
 
 
 def register_hooks(unit: ShardedUnit) -> None:
-    """Puts the forward hooks on the unit's modules and guards on what lies below them."""
+    """Registers forward hooks on the unit's modules, and guards on modules with parameters below them."""
     hooks = _C.UnitHooks(
         long_pre_forward=_pre_forward, long_post_forward=_post_forward, find_tensors=find_tensors
     )
@@ -65,9 +66,9 @@ class _Guard:
 
 
 def lend(unit: ShardedUnit, holders: list[nn.Module]) -> None:
-    """Gathers the unit when its parameters are used in a forward, but not in that of a module of `holders`.
+    """Gathers a unit whose parameters are used outside of its own forward, but inside another one.
 
-    They are there until the outermost forward returns, and are reduced with it.
+    They stay full until the outermost forward returns. Nothing happens while a module of `holders` runs.
     """
     if unit.engine is None or unit.forward.is_full_elsewhere:
         return
@@ -81,10 +82,11 @@ def lend(unit: ShardedUnit, holders: list[nn.Module]) -> None:
 def ensure_context(module: nn.Module, unit: ShardedUnit) -> Context:
     """Gives the unit's context; makes it when this is the first forward of a root."""
     context = context_of(unit)
-    # Full parameters made here are trained with later, whatever mode this forward runs in.
+    # The full parameters made here are trained later, even if this forward runs in inference mode.
     with torch.inference_mode(False):
         if context is None:
             context = Context(module, unit)
+            log_startup(context)
         elif not (context.engine.is_in_forward or is_recomputation()):
             context.refresh()
     return context
@@ -112,7 +114,7 @@ def _pre_forward(
         unit.forward.running.append(module)
         if unit.forward.modules_to_run:
             return args, kwargs  # a later module of a group that is open
-        # Outside of any forward a module runs for itself: the others need not follow.
+        # Outside of any other forward a module runs alone: the rest of its group may never run.
         is_alone = not context.engine.is_in_forward and not unit.is_root
         unit.forward.modules_to_run = {module} if is_alone else set(unit.modules)
     for each in unit.all:
@@ -175,10 +177,5 @@ class ForwardAdapter:
     _comm_ctx: object = None
     _fsdp_param_group: object = None
 
-    def _pre_forward(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return _pre_forward(module, args, kwargs)
-
-    def _post_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return _post_forward(module, args, output)
+    _pre_forward = staticmethod(_pre_forward)
+    _post_forward = staticmethod(_post_forward)

@@ -16,7 +16,7 @@ from torch_mics._construction import random_state, set_random_state
 from torch_mics._exchange import exchange
 from torch_mics._first_values import FirstValues
 from torch_mics._initialisers import construct_again, run_initialisers
-from torch_mics._training import check_sharded
+from torch_mics._module import sharded_module
 from torch_mics._unit import units_of
 
 _log = logging.getLogger("torch_mics")
@@ -48,7 +48,7 @@ def materialize(
         ValueError: no initialiser writes a tensor, or the constructor wrote to it more often than the
             initialisers do. All are named, on every rank; nothing changed.
     """
-    check_sharded(model, "materialize")
+    sharded_module(model, "materialize")
     units = units_of(model)
     target = torch.device(device) if device is not None else units[0].groups.device
     _check_ignored(model)

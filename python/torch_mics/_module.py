@@ -18,7 +18,7 @@ from torch_mics._unit import ShardedUnit, units_of
 
 _FORWARD_ADAPTER = ForwardAdapter()
 
-_Resolve = Callable[[object, _C.Topology, _C.Variant], _C.Residency | None]
+_Resolve = Callable[[object, _C.Topology, _C.Variant], object]
 
 
 class UnshardHandle:
@@ -61,9 +61,7 @@ class MiCSModule(FSDPModule):
         return ensure_context(cast(nn.Module, self), self._unit)
 
     def _set(self, field: str, value: object, *, recurse: bool = True) -> None:
-        for unit in self._units(recurse=recurse):
-            setattr(unit.settings, field, value)
-            unit.push_settings()
+        self._resolve(field, lambda *_: value, None, recurse=recurse)
 
     def _resolve(self, field: str, resolve: _Resolve, asked: object, *, recurse: bool) -> None:
         units = self._units(recurse=recurse)
@@ -144,19 +142,16 @@ class MiCSModule(FSDPModule):
 
     def set_modules_to_forward_prefetch(self, modules: list[FSDPModule]) -> None:
         """Gathers the units of `modules`, in this order, when this module's forward begins."""
-        for unit in self._unit.all:
-            unit.forward_prefetch = _prefetch_units(modules)
-        self._push_prefetch()
+        self._set_prefetch("forward_prefetch", modules)
 
     def set_modules_to_backward_prefetch(self, modules: list[FSDPModule]) -> None:
         """Gathers the units of `modules`, in this order, when this module's backward begins."""
-        for unit in self._unit.all:
-            unit.backward_prefetch = _prefetch_units(modules)
-        self._push_prefetch()
+        self._set_prefetch("backward_prefetch", modules)
 
-    def _push_prefetch(self) -> None:
-        context = context_of(self._unit)
-        if context is not None:
+    def _set_prefetch(self, direction: str, modules: list[FSDPModule]) -> None:
+        for unit in self._unit.all:
+            setattr(unit, direction, _prefetch_units(modules))
+        if (context := context_of(self._unit)) is not None:
             context.push_prefetch()
 
     def set_post_optim_event(self, event: torch.Event) -> None:
@@ -353,3 +348,23 @@ def _prefetch_units(modules: list[FSDPModule]) -> list[ShardedUnit]:
                 f"modules to prefetch must be sharded by torch_mics: got {type(module).__name__}."
             )
     return [unit for module in modules for unit in cast(MiCSModule, module)._unit.all]
+
+
+def sharded_module(model: nn.Module, caller: str) -> nn.Module:
+    """Gives the sharded module that `model` is, or that torch.compile has wrapped in it.
+
+    Raises:
+        TypeError: `model` is not sharded.
+    """
+    while "_orig_mod" in getattr(model, "_modules", ()):
+        model = model.get_submodule("_orig_mod")
+    if not isinstance(model, MiCSModule):
+        raise TypeError(
+            f"{caller} needs a sharded model: got {type(model).__name__}. Call shard_model() first."
+        )
+    return model
+
+
+def sharded_unit(model: nn.Module, caller: str) -> ShardedUnit:
+    """Gives the unit of sharded_module()."""
+    return cast(MiCSModule, sharded_module(model, caller))._unit

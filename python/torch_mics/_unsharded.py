@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from torch_mics._exchange import exchange
 from torch_mics._full_state import full_tensor
-from torch_mics._training import sharded_module
+from torch_mics._module import sharded_module
 from torch_mics._unit import units_of
 
 
@@ -52,13 +52,11 @@ def unsharded(model: nn.Module, *, writeback: bool = False) -> Iterator[None]:
         unit.connect_hooks()
     try:
         for _, parameter in parameters:
-            for place in parameter.places:
-                place.module._parameters[place.name] = full[id(parameter)]
+            parameter.register(full[id(parameter)])
         yield
     finally:
         for _, parameter in parameters:
-            for place in parameter.places:
-                place.module._parameters[place.name] = parameter.sharded
+            parameter.register(parameter.sharded)
         for unit in units:
             unit.forward.is_full_elsewhere = False
             unit.connect_hooks()

@@ -24,9 +24,9 @@ from torch.distributed.tensor import DTensor
 
 from torch_mics._exchange import all_or_none, together
 from torch_mics._full_state import describe_misfit, full_state_dict, shapes_of
+from torch_mics._module import sharded_module
 from torch_mics._optimizer_checks import ignoring_steps_of
 from torch_mics._state_dict_hooks import plain_name
-from torch_mics._training import sharded_module
 from torch_mics._unit import units_of
 
 __all__ = ["TrainState", "export_safetensors"]

@@ -9,8 +9,8 @@ from torch_mics.planner._calibration import Calibration, load_calibration
 from torch_mics.planner._chain import chain_seconds
 from torch_mics.planner._plan import Plan, plan
 from torch_mics.planner._published import published_shapes
-from torch_mics.planner._step_report import StepReport
-from torch_mics.planner._watch import StepWatch, report_after
+from torch_mics.report._step_report import StepReport
+from torch_mics.report._watch import StepWatch, report_after
 
 __all__ = [
     "Calibration",

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch_mics import _C
 
+COMMUNICATORS = ("gather/rail", "gather/intra", "reduce/rail", "reduce/intra", "replicate")
+
 
 def predicted_bytes(
     units: Sequence[_C.UnitSize],
@@ -31,9 +33,7 @@ def predicted_bytes(
     shape = (num_nodes, partition_size // num_nodes)
     replicas = topology.replication_size
     hops = _C.count_hops(residency or _C.ResidencySettings(), num_microsteps, replicas)
-    total = dict.fromkeys(
-        ("gather/rail", "gather/intra", "reduce/rail", "reduce/intra", "replicate"), 0
-    )
+    total = dict.fromkeys(COMMUNICATORS, 0)
     for unit in units:
         step = _C.step_bytes(unit, shape, replicas, hops)
         for name in total:

@@ -132,11 +132,10 @@ def plan(
             that are not legal; a batch that cannot be divided; a malformed calibration.
     """
     calibration = instance if isinstance(instance, Calibration) else load_calibration(instance)
-    if isinstance(model, _C.Workload):
-        workload = model
-    else:
+    workload = model
+    if not isinstance(workload, _C.Workload):
         workload = module_workload(
-            model, units=units, sample=sample, tokens_per_sample=tokens_per_sample
+            workload, units=units, sample=sample, tokens_per_sample=tokens_per_sample
         )
     request = _C.PlanRequest(
         workload=workload,
@@ -156,17 +155,9 @@ def plan(
     result = _C.plan_step(request)
     if not result.ranked:
         raise ValueError(_nothing_fits(calibration, request, result))
-    return Plan(
-        calibration,
-        workload,
-        world_size,
-        global_batch,
-        result.ranked,
-        result.leaders,
-        result.misses,
-        result.num_considered,
-        result.num_fitting,
-    )
+    found = (result.ranked, result.leaders, result.misses)
+    counts = (result.num_considered, result.num_fitting)
+    return Plan(calibration, workload, world_size, global_batch, *found, *counts)
 
 
 def _nothing_fits(calibration: Calibration, request: _C.PlanRequest, result: _C.PlanResult) -> str:

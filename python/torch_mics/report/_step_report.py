@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor
 from torch_mics import _C
 from torch_mics._context import Context
 from torch_mics._unit import ShardedUnit
-from torch_mics.planner._expected import TIERS, Bytes, StepShape, residency_of
 from torch_mics.planner._plan import Plan
 from torch_mics.planner._tables import percent
+from torch_mics.report._expected import TIERS, Bytes, StepShape, residency_of
 
 MEMORY_ERROR = 0.10  # above it a term of the memory model counts as off
 
@@ -280,7 +280,7 @@ def _numel(unit: ShardedUnit) -> int:
 def _nbytes(state: Any) -> int:
     found = 0
     for value in state.values() if isinstance(state, dict) else ():
-        local = value._local_tensor if isinstance(value, DTensor) else value
+        local = value.to_local() if isinstance(value, DTensor) else value
         if isinstance(local, torch.Tensor) and local.ndim > 0:
             found += local.nbytes
     return found

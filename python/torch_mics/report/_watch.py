@@ -17,11 +17,11 @@ from torch.optim.optimizer import (
 
 from torch_mics._context import Context, context_of
 from torch_mics._hooks import is_recomputation
+from torch_mics._module import sharded_unit
 from torch_mics._optimizer_checks import units_of_optimizer
-from torch_mics._training import check_sharded
-from torch_mics.planner._expected import Bytes, StepShape, counted_bytes, expected_bytes
 from torch_mics.planner._plan import Plan
-from torch_mics.planner._step_report import Observed, StepReport, make_report
+from torch_mics.report._expected import Bytes, StepShape, counted_bytes, expected_bytes
+from torch_mics.report._step_report import Observed, StepReport, make_report
 
 
 class StepWatch:
@@ -33,7 +33,7 @@ class StepWatch:
 
     def __init__(self, model: nn.Module, num_steps: int, plan: Plan | None, show: bool) -> None:
         self.report: StepReport | None = None
-        self._unit = check_sharded(model, "report_after")._unit
+        self._unit = sharded_unit(model, "report_after")
         self._num_steps, self._plan, self._show = num_steps, plan, show
         self._context: Context | None = None
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = (

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from torch_mics._context import context_of
-from torch_mics._training import check_sharded
+from torch_mics._module import sharded_unit
 
 _FIELDS = (
     "number",
@@ -34,7 +34,7 @@ def flight_log(model: nn.Module) -> list[dict[str, Any]]:
     side), state ("issued", "started", "finished" or "failed"), issued_at, started_at and ended_at (seconds
     as of time.monotonic(), None before). Empty in a world of one.
     """
-    context = context_of(check_sharded(model, "flight_log")._unit)
+    context = context_of(sharded_unit(model, "flight_log"))
     if context is None or context.flight_log is None:
         return []
     return [

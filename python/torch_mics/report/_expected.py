@@ -8,9 +8,10 @@ import torch.distributed as dist
 
 from torch_mics import _C
 from torch_mics._context import Context
+from torch_mics._groups import traffic_of
 from torch_mics._unit import ShardedUnit
+from torch_mics.planner._bytes import COMMUNICATORS
 
-COMMUNICATORS = ("gather/rail", "gather/intra", "reduce/rail", "reduce/intra", "replicate")
 TIERS = ("intra", "inter")  # to ranks of the same node, and of others
 
 Bytes = dict[tuple[str, str], int]  # by communicator and tier
@@ -69,7 +70,7 @@ def _from_same_node(
 
 def counted_bytes(context: Context) -> Bytes:
     """Gives the same of the counters, since the communicators were made."""
-    counters = context.traffic()
+    counters = traffic_of(context.all_communicators())
     return {
         (name, tier): counters[name][f"received_{tier}_nbytes"] if name in counters else 0
         for name in COMMUNICATORS
