@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from support.who_uses_whom import circles, python_uses
 
 ROOT = Path(__file__).resolve().parents[2]
 CPP_SUFFIXES = {".h", ".cc", ".cu"}
@@ -237,12 +238,26 @@ def python_violations(path: str, text: str) -> list[str]:
     """Returns the violations in one Python file; `path` is relative to the root."""
     violations = []
     for node in ast.walk(ast.parse(text, path)):
+        is_private = isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr)
+        if is_private and path.startswith("python/torch_mics/report/"):
+            if ast.unparse(node.value) != "self":
+                rule = "a report uses the public side of the runtime"
+                violations.append(f"{path}:{node.lineno}: uses {node.attr} (rule: {rule})")
+            continue
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             modules = [node.module or ""]
+            names = [alias.name for alias in node.names]
             if node.module == "torch_mics":
-                modules += [f"torch_mics.{alias.name}" for alias in node.names]
+                modules += [f"torch_mics.{name}" for name in names]
+            elif path.startswith("python/torch_mics/"):
+                rule = "a name that other modules import has no underscore"
+                violations += [
+                    f"{path}:{node.lineno}: imports {name} (rule: {rule})"
+                    for name in names
+                    if modules[0].startswith("torch_mics.") and re.match("_[^_]", name)
+                ]
         else:
             continue
         for module in modules:
@@ -277,30 +292,11 @@ def test_imports_follow_the_table():
     assert not found, report(found)
 
 
-def test_package_imports_have_no_cycle():
-    package = ROOT / "python" / "torch_mics"
-    graph: dict[str, set[str]] = {}
-    for file in package.rglob("*.py"):
-        parts = file.relative_to(package.parent).with_suffix("").parts
-        is_package = parts[-1] == "__init__"
-        name = ".".join(parts[:-1] if is_package else parts)
-        graph[name] = set()
-        # Imports inside functions run later and make no cycle at import time.
-        for node in ast.parse(file.read_text()).body:
-            if isinstance(node, ast.Import):
-                graph[name] |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                module = node.module or ""
-                if node.level:
-                    keep = len(parts) - node.level
-                    module = ".".join((*parts[:keep], *([module] if module else [])))
-                graph[name] |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
-    # __init__ imports its modules, and a module that names the package names what is in it.
-    graph = {n: {d for d in ds if d in graph and d != n} for n, ds in graph.items()}
-    graph = {n: {d for d in ds if not n.startswith(d + ".")} for n, ds in graph.items()}
-    while leaves := [name for name, needed in graph.items() if not needed]:
-        graph = {n: ds - set(leaves) for n, ds in graph.items() if n not in leaves}
-    assert not graph, f"import cycle among {sorted(graph)}"
+@pytest.mark.parametrize("folder", ["python/torch_mics", "benchmarks"])
+def test_no_files_use_each_other(folder: str):
+    uses = python_uses(folder)
+    assert uses
+    assert not circles(uses), report([", ".join(circle) for circle in circles(uses)])
 
 
 def test_visible_top_level_entries_are_the_agreed_ones():
@@ -375,6 +371,19 @@ def test_checker_reports_imports():
         " (rule: examples and benchmarks import nothing private)"
     ]
     assert python_violations("examples/x.py", "from torch_mics import init_mesh\n") == []
+    assert python_violations("python/torch_mics/x.py", "from torch_mics._unit import _y\n") == [
+        "python/torch_mics/x.py:1: imports _y (rule: a name that other modules import has no underscore)"
+    ]
+    assert python_violations("python/torch_mics/report/x.py", "self._x = model._unit\n") == [
+        "python/torch_mics/report/x.py:1: uses _unit"
+        " (rule: a report uses the public side of the runtime)"
+    ]
+
+
+def test_checker_finds_circles():
+    uses = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set(), "e": {"a"}}
+    assert circles(uses) == [["a", "b", "c"]]
+    assert circles(uses | {"b": {"d"}}) == []
 
 
 if __name__ == "__main__":
