@@ -45,8 +45,8 @@ struct OpenCall;
 struct Route;
 
 struct EngineCallbacks {
-  // Called at the start of a backward when a parameter was frozen or unfrozen since its unit was
-  // told: it may have been for a forward in between, and the graph is older.
+  // Called at the start of a backward when match_requires_grad() is false: a parameter may have been
+  // frozen for a forward in between, and the graph is older than that.
   std::function<void()> refresh;
   // Called at the start of an outermost forward and at a boundary when a sharded parameter may have
   // hooks that nothing here would run; throws where it has.

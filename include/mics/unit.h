@@ -93,7 +93,7 @@ class Unit {
 [[nodiscard]] std::vector<std::string> unfinished_units(
     const std::vector<std::shared_ptr<Unit>>& units);
 
-// False when a parameter was frozen or unfrozen since its unit was told.
+// UnitParameters::matches_requires_grad() of all units.
 [[nodiscard]] bool match_requires_grad(const std::vector<std::shared_ptr<Unit>>& units);
 
 }  // namespace mics

@@ -40,7 +40,7 @@ GroupInfo to_group(std::string name, std::vector<int> world_ranks, std::vector<i
 }  // namespace
 
 void bind_comm(py::module_& module) {
-  py::class_<Traffic>(module, "Traffic")
+  py::class_<Traffic>(module, "Traffic", "Calls and bytes of one communicator since it was made.")
       .def_readonly("calls", &Traffic::calls)
       .def_readonly("sent_intra_nbytes", &Traffic::sent_intra_nbytes)
       .def_readonly("sent_inter_nbytes", &Traffic::sent_inter_nbytes)
@@ -49,7 +49,8 @@ void bind_comm(py::module_& module) {
 
   using Release = py::call_guard<py::gil_scoped_release>;
   using Seconds = std::chrono::duration<double>;
-  py::class_<LoggedOperation>(module, "LoggedOperation")
+  py::class_<LoggedOperation>(module, "LoggedOperation",
+                              "One collective in a FlightLog. Times are those of time.monotonic().")
       .def_readonly("number", &LoggedOperation::number)
       .def_readonly("group", &LoggedOperation::group)
       .def_readonly("op", &LoggedOperation::op)
@@ -75,18 +76,22 @@ void bind_comm(py::module_& module) {
         if (self.state < LoggedOperation::State::kFinished) return {};
         return Seconds(self.ended_at.time_since_epoch()).count();
       });
-  py::class_<FlightLog, std::shared_ptr<FlightLog>>(module, "FlightLog")
-      .def("operations", &FlightLog::operations)
-      .def("begin_incident", &FlightLog::begin_incident, Release());
+  py::class_<FlightLog, std::shared_ptr<FlightLog>>(
+      module, "FlightLog", "The last collectives of this rank, and the progress of each group.")
+      .def("operations", &FlightLog::operations, "The last operations, oldest first.")
+      .def("begin_incident", &FlightLog::begin_incident,
+           "Lets the next failure be reported; on all ranks equally often.", Release());
   module.def(
       "make_reporting_log",
       [](const c10::intrusive_ptr<c10d::Store>& store, int rank, int world_size,
          std::chrono::milliseconds interval, std::chrono::milliseconds patience) {
         return make_reporting_log(store, rank, world_size, interval, patience);
       },
-      py::arg("store"), py::kw_only(), py::arg("rank"), py::arg("world_size"), py::arg("interval"),
+      "A flight log whose report is a table of all ranks, through the Store.", py::arg("store"),
+      py::kw_only(), py::arg("rank"), py::arg("world_size"), py::arg("interval"),
       py::arg("patience"), Release());
-  py::class_<Communicator, std::shared_ptr<Communicator>>(module, "Communicator")
+  py::class_<Communicator, std::shared_ptr<Communicator>>(
+      module, "Communicator", "Collectives among the ranks of one group, in one total order.")
       .def_property_readonly("name", [](const Communicator& self) { return self.group().name; })
       .def_property_readonly("world_ranks",
                              [](const Communicator& self) { return self.group().world_ranks; })
@@ -100,24 +105,28 @@ void bind_comm(py::module_& module) {
           [](Communicator& self, const Tensors& outputs, const Tensors& inputs) {
             self.all_gather(to_pairs(outputs, inputs), *self.make_caller_stream());
           },
+          "Gathers every member's inputs into the outputs, in rank order, as one launch.",
           py::arg("outputs"), py::arg("inputs"), Release())
       .def(
           "reduce_scatter",
           [](Communicator& self, const Tensors& outputs, const Tensors& inputs) {
             self.reduce_scatter(to_pairs(outputs, inputs), *self.make_caller_stream());
           },
+          "Sums every member's inputs; piece r of the sum is left at rank r. One launch.",
           py::arg("outputs"), py::arg("inputs"), Release())
       .def(
           "all_reduce",
           [](Communicator& self, const at::Tensor& tensor) {
             self.all_reduce(tensor, *self.make_caller_stream());
           },
-          py::arg("tensor"), Release())
-      .def("set_flight_log", &Communicator::set_flight_log, py::arg("log"))
+          "Replaces `tensor` by the sum over all members.", py::arg("tensor"), Release())
+      .def("set_flight_log", &Communicator::set_flight_log,
+           "Logs operations from here on; to be called before the first.", py::arg("log"))
       .def_property_readonly("staging_nbytes", &Communicator::staging_nbytes)
-      .def("barrier", &Communicator::barrier, Release());
+      .def("barrier", &Communicator::barrier, "Returns when every member has called it.",
+           Release());
 
-  py::class_<LocalWorld>(module, "LocalWorld")
+  py::class_<LocalWorld>(module, "LocalWorld", "Ranks that are threads of this process.")
       .def(py::init<int, std::chrono::milliseconds>(), py::arg("world_size"), py::kw_only(),
            py::arg("timeout"))
       .def(
@@ -127,8 +136,8 @@ void bind_comm(py::module_& module) {
             return std::shared_ptr<Communicator>(self.make_communicator(
                 to_group(std::move(name), std::move(world_ranks), std::move(nodes), rank)));
           },
-          py::kw_only(), py::arg("name"), py::arg("world_ranks"), py::arg("nodes"), py::arg("rank"),
-          py::keep_alive<0, 1>());
+          "Called by each member on its own thread.", py::kw_only(), py::arg("name"),
+          py::arg("world_ranks"), py::arg("nodes"), py::arg("rank"), py::keep_alive<0, 1>());
 
   module.def(
       "make_c10d_communicator",
@@ -139,10 +148,12 @@ void bind_comm(py::module_& module) {
             to_group(std::move(name), std::move(world_ranks), std::move(nodes), rank),
             process_group, timeout));
       },
-      py::arg("process_group"), py::kw_only(), py::arg("name"), py::arg("world_ranks"),
-      py::arg("nodes"), py::arg("rank"), py::arg("timeout"), Release());
+      "A communicator over a ProcessGroup with the members of the group.", py::arg("process_group"),
+      py::kw_only(), py::arg("name"), py::arg("world_ranks"), py::arg("nodes"), py::arg("rank"),
+      py::arg("timeout"), Release());
 
-  py::class_<ShmGroup, std::shared_ptr<ShmGroup>>(module, "ShmGroup")
+  py::class_<ShmGroup, std::shared_ptr<ShmGroup>>(
+      module, "ShmGroup", "This rank's place in the shared memory segment of a group on one host.")
       .def(py::init([](std::string segment, bool creates, std::string name,
                        std::vector<int> world_ranks, std::vector<int> nodes, int rank,
                        std::chrono::milliseconds timeout) {
@@ -160,11 +171,14 @@ void bind_comm(py::module_& module) {
           [](const ShmGroup& self) {
             return std::shared_ptr<Communicator>(self.make_communicator());
           },
-          py::keep_alive<0, 1>())
+          "A communicator of the group; all of one group share one order.", py::keep_alive<0, 1>())
       .def_property_readonly("has_failed", &ShmGroup::has_failed);
-  module.def("make_shm_segment_name", &make_shm_segment_name);
-  module.def("remove_stale_shm_segments", &remove_stale_shm_segments, Release());
-  module.def("shm_host_identity", &shm_host_identity);
+  module.def("make_shm_segment_name", &make_shm_segment_name,
+             "A name that is new on this host and tells which process made it.");
+  module.def("remove_stale_shm_segments", &remove_stale_shm_segments,
+             "Removes segments of processes that have ended; returns how many.", Release());
+  module.def("shm_host_identity", &shm_host_identity,
+             "Names the host as shared memory and process ids see it.");
 }
 
 }  // namespace mics

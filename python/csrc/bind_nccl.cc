@@ -48,21 +48,27 @@ std::shared_ptr<RuntimeStreams> make_streams(NcclWorld& world) {
 void bind_nccl(py::module_& module) {
   using Release = py::call_guard<py::gil_scoped_release>;
 
-  py::class_<NcclVersions>(module, "NcclVersions")
+  py::class_<NcclVersions>(
+      module, "NcclVersions",
+      "Versions of NCCL and the CUDA runtime, at build and now, and why NCCL cannot be used.")
       .def_readonly("header", &NcclVersions::header)
       .def_readonly("library", &NcclVersions::library)
       .def_readonly("cuda_header", &NcclVersions::cuda_header)
       .def_readonly("cuda_runtime", &NcclVersions::cuda_runtime)
       .def_readonly("num_devices", &NcclVersions::num_devices)
       .def_readonly("problem", &NcclVersions::problem);
-  module.def("nccl_versions", &nccl_versions, Release());
+  module.def("nccl_versions", &nccl_versions,
+             "What is installed of NCCL and CUDA. Loads the libraries.", Release());
 
-  py::enum_<NcclRegistration>(module, "NcclRegistration")
+  py::enum_<NcclRegistration>(module, "NcclRegistration",
+                              "What NCCL may do with the memory that the runtime works in.")
       .value("NONE", NcclRegistration::kNone)
       .value("BUFFERS", NcclRegistration::kBuffers)
       .value("WINDOWS", NcclRegistration::kWindows);
 
-  py::class_<NcclWorld, std::shared_ptr<NcclWorld>>(module, "NcclWorld")
+  py::class_<NcclWorld, std::shared_ptr<NcclWorld>>(
+      module, "NcclWorld",
+      "This rank's NCCL communicators and CUDA streams, and the watchdog over them.")
       .def(py::init(&make_world), py::arg("store"), py::kw_only(), py::arg("rank"),
            py::arg("world_size"), py::arg("device"), py::arg("host"), py::arg("timeout"),
            py::arg("registration"), py::arg("copy_engine"), py::arg("max_in_flight"),
@@ -74,12 +80,14 @@ void bind_nccl(py::module_& module) {
             return end_without_gil(std::shared_ptr<Communicator>(self.make_communicator(
                 {std::move(name), std::move(world_ranks), std::move(nodes), rank}, only_gathers)));
           },
-          py::kw_only(), py::arg("name"), py::arg("world_ranks"), py::arg("nodes"), py::arg("rank"),
-          py::arg("only_gathers"), Release(),
+          "Every member calls it.", py::kw_only(), py::arg("name"), py::arg("world_ranks"),
+          py::arg("nodes"), py::arg("rank"), py::arg("only_gathers"), Release(),
           py::keep_alive<0, 1>())  // so that the end of the process finds the world
-      .def("make_streams", &make_streams, Release())
-      .def("close", &NcclWorld::close, py::arg("patience"), Release())
-      .def("notes", &NcclWorld::notes, Release());
+      .def("make_streams", &make_streams, "The runtime's streams on this device.", Release())
+      .def("close", &NcclWorld::close,
+           "Waits for what is in flight and ends all communicators; before the process ends.",
+           py::arg("patience"), Release())
+      .def("notes", &NcclWorld::notes, "Options that could not be honoured.", Release());
 }
 
 }  // namespace mics

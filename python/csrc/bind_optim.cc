@@ -47,7 +47,9 @@ bool entries_are(const py::list& triples) {
 void bind_optim(py::module_& module) {
   using Release = py::call_guard<py::gil_scoped_release>;
 
-  py::class_<AdamWRun>(module, "AdamWRun")
+  py::class_<AdamWRun>(
+      module, "AdamWRun",
+      "Neighbouring parameters with one gradient and one state, flat; for adamw_step().")
       .def(py::init([](at::Tensor parameter, at::Tensor gradient, at::Tensor exp_avg,
                        at::Tensor exp_avg_sq, const OptionalTensor& max_exp_avg_sq) {
              return AdamWRun{std::move(parameter), std::move(gradient), std::move(exp_avg),
@@ -56,7 +58,9 @@ void bind_optim(py::module_& module) {
            py::kw_only(), py::arg("parameter"), py::arg("gradient"), py::arg("exp_avg"),
            py::arg("exp_avg_sq"), py::arg("max_exp_avg_sq"));
 
-  py::class_<SgdRun>(module, "SgdRun")
+  py::class_<SgdRun>(
+      module, "SgdRun",
+      "Neighbouring parameters with one gradient and one momentum buffer, flat; for sgd_step().")
       .def(py::init([](at::Tensor parameter, at::Tensor gradient,
                        const OptionalTensor& momentum_buffer) {
              return SgdRun{std::move(parameter), std::move(gradient),
@@ -64,9 +68,14 @@ void bind_optim(py::module_& module) {
            }),
            py::kw_only(), py::arg("parameter"), py::arg("gradient"), py::arg("momentum_buffer"));
 
-  module.def("join_neighbours", &join_neighbours, py::arg("tensors"), Release());
-  module.def("gradients_are", &gradients_are, py::arg("parameters"), py::arg("gradients"));
-  module.def("entries_are", &entries_are, py::arg("triples"));
+  module.def("join_neighbours", &join_neighbours,
+             "Flat views that hold each element of `tensors` once and nothing else.",
+             py::arg("tensors"), Release());
+  module.def("gradients_are", &gradients_are,
+             "Whether the `.grad` of each parameter is the tensor, or None, of `gradients`.",
+             py::arg("parameters"), py::arg("gradients"));
+  module.def("entries_are", &entries_are,
+             "Whether each (dictionary, key, value) holds that very value.", py::arg("triples"));
 
   module.def(
       "adamw_step",
@@ -74,8 +83,9 @@ void bind_optim(py::module_& module) {
          double beta1, double beta2, double eps, double weight_decay, bool maximize) {
         adamw_step(runs, steps, {lr, beta1, beta2, eps, weight_decay, maximize});
       },
-      py::arg("runs"), py::arg("steps"), py::kw_only(), py::arg("lr"), py::arg("beta1"),
-      py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("maximize"), Release());
+      "One step of AdamW, bit for bit as torch's single-tensor form.", py::arg("runs"),
+      py::arg("steps"), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
+      py::arg("eps"), py::arg("weight_decay"), py::arg("maximize"), Release());
 
   module.def(
       "sgd_step",
@@ -83,9 +93,9 @@ void bind_optim(py::module_& module) {
          double momentum, double dampening, double weight_decay, bool nesterov, bool maximize) {
         sgd_step(runs, is_first, {lr, momentum, dampening, weight_decay, nesterov, maximize});
       },
-      py::arg("runs"), py::arg("is_first"), py::kw_only(), py::arg("lr"), py::arg("momentum"),
-      py::arg("dampening"), py::arg("weight_decay"), py::arg("nesterov"), py::arg("maximize"),
-      Release());
+      "One step of SGD, bit for bit as torch's single-tensor form.", py::arg("runs"),
+      py::arg("is_first"), py::kw_only(), py::arg("lr"), py::arg("momentum"), py::arg("dampening"),
+      py::arg("weight_decay"), py::arg("nesterov"), py::arg("maximize"), Release());
 }
 
 }  // namespace mics

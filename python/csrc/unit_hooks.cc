@@ -127,15 +127,20 @@ py::object UnitHooks::post_forward(const py::object& module, const py::object& a
 }
 
 void bind_unit_hooks(py::module_& module) {
-  module.def("has_forward_failed", &has_forward_failed, py::arg("output"));
-  py::class_<UnitHooks, std::shared_ptr<UnitHooks>>(module, "UnitHooks")
+  module.def("has_forward_failed", &has_forward_failed,
+             "Whether an always_call hook runs because the forward threw.", py::arg("output"));
+  py::class_<UnitHooks, std::shared_ptr<UnitHooks>>(
+      module, "UnitHooks",
+      "Forward hooks of a unit's modules: a fast path in C++, else the given Python functions.")
       .def(py::init<py::function, py::function, py::function>(), py::kw_only(),
            py::arg("long_pre_forward"), py::arg("long_post_forward"), py::arg("find_tensors"))
-      .def("connect", &UnitHooks::connect, py::arg("engine"), py::arg("units"), py::kw_only(),
-           py::arg("input_dtype"))
-      .def("disconnect", &UnitHooks::disconnect)
-      .def("pre_forward", &UnitHooks::pre_forward)
-      .def("post_forward", &UnitHooks::post_forward);
+      .def("connect", &UnitHooks::connect, "Takes the fast path for these units of the engine.",
+           py::arg("engine"), py::arg("units"), py::kw_only(), py::arg("input_dtype"))
+      .def("disconnect", &UnitHooks::disconnect, "Takes the Python functions from here on.")
+      .def("pre_forward", &UnitHooks::pre_forward,
+           "For register_forward_pre_hook(..., with_kwargs=True).")
+      .def("post_forward", &UnitHooks::post_forward,
+           "For register_forward_hook(..., always_call=True).");
 }
 
 }  // namespace mics

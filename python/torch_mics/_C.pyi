@@ -18,6 +18,8 @@ class CommError(RuntimeError): ...
 class TimeoutError(CommError): ...
 
 class Variant:
+    """How the collectives of a partition group over several nodes run."""
+
     @property
     def name(self) -> str: ...
     FLAT: Variant
@@ -25,9 +27,12 @@ class Variant:
     def __hash__(self) -> int: ...
 
 class Topology:
+    """The groups of every rank, from the nodes of the ranks and the partition size."""
+
     def __init__(self, *, node_of_rank: Sequence[str], partition_size: int) -> None: ...
     @staticmethod
-    def legal_partition_sizes(world_size: int, ranks_per_node: int) -> list[int]: ...
+    def legal_partition_sizes(world_size: int, ranks_per_node: int) -> list[int]:
+        """Every legal partition size; `ranks_per_node` 0: irregular nodes."""
     @property
     def world_size(self) -> int: ...
     @property
@@ -42,20 +47,34 @@ class Topology:
     def spans_nodes(self) -> bool: ...
     @property
     def hierarchical_error(self) -> str: ...
-    def node_of(self, world_rank: int) -> int: ...
-    def partition_index(self, world_rank: int) -> int: ...
-    def partition_rank(self, world_rank: int) -> int: ...
-    def partition_group(self, world_rank: int) -> list[int]: ...
-    def replication_group(self, world_rank: int) -> list[int]: ...
-    def intra_group(self, world_rank: int, variant: Variant) -> list[int]: ...
-    def rail_group(self, world_rank: int, variant: Variant) -> list[int]: ...
-    def partition_groups(self) -> list[list[int]]: ...
-    def replication_groups(self) -> list[list[int]]: ...
-    def intra_groups(self, variant: Variant) -> list[list[int]]: ...
-    def rail_groups(self, variant: Variant) -> list[list[int]]: ...
-    def describe_nodes(self) -> str: ...
+    def node_of(self, world_rank: int) -> int:
+        """Index of the node of a rank."""
+    def partition_index(self, world_rank: int) -> int:
+        """Which partition group the rank is in."""
+    def partition_rank(self, world_rank: int) -> int:
+        """Which member of its partition group the rank is."""
+    def partition_group(self, world_rank: int) -> list[int]:
+        """Ranks that share one copy of the model states with the rank."""
+    def replication_group(self, world_rank: int) -> list[int]:
+        """Ranks that hold the same shard as the rank."""
+    def intra_group(self, world_rank: int, variant: Variant) -> list[int]:
+        """Ranks of hop 2 of a gather."""
+    def rail_group(self, world_rank: int, variant: Variant) -> list[int]:
+        """Ranks of hop 1 of a gather."""
+    def partition_groups(self) -> list[list[int]]:
+        """All partition groups."""
+    def replication_groups(self) -> list[list[int]]:
+        """All replication groups."""
+    def intra_groups(self, variant: Variant) -> list[list[int]]:
+        """The hop-2 groups of all ranks."""
+    def rail_groups(self, variant: Variant) -> list[list[int]]:
+        """The hop-1 groups of all ranks."""
+    def describe_nodes(self) -> str:
+        """The map of ranks to nodes, as messages print it."""
 
 class ParameterLayout:
+    """Where one parameter lies; offsets and lengths in elements."""
+
     num_rows: int
     row_numel: int
     chunk_rows: int
@@ -63,6 +82,8 @@ class ParameterLayout:
     shard_offset: int
 
 class ShardLayout:
+    """Where the parameters of a unit lie in its shard and in its full buffer."""
+
     def __init__(
         self, sizes: Sequence[Sequence[int]], *, partition_size: int, alignment: int
     ) -> None: ...
@@ -76,10 +97,14 @@ class ShardLayout:
     def parameter_numel(self) -> int: ...
     @property
     def num_parameters(self) -> int: ...
-    def parameter(self, index: int) -> ParameterLayout: ...
-    def rows_of(self, index: int, partition_rank: int) -> tuple[int, int]: ...
+    def parameter(self, index: int) -> ParameterLayout:
+        """Where parameter `index` lies."""
+    def rows_of(self, index: int, partition_rank: int) -> tuple[int, int]:
+        """Rows [first, last) that a rank owns of a parameter."""
 
 class Residency:
+    """What of a unit stays in memory between two uses."""
+
     SHARD: Residency
     BLOCK: Residency
     FULL: Residency
@@ -87,17 +112,23 @@ class Residency:
     def name(self) -> str: ...
 
 class ResidencySettings:
+    """What of a unit stays after forward, between micro-steps, and of its gradients."""
+
     after_forward: Residency
     between_microsteps: Residency
     gradient_accumulation: Residency
     def __init__(self, **fields: Any) -> None: ...
 
 class Link:
+    """One tier of the network: latency in seconds per step, bandwidth in bytes per second."""
+
     latency: float
     bandwidth: float
     def __init__(self, **fields: Any) -> None: ...
 
 class Machine:
+    """The two tiers of a cluster's network and its ranks per node."""
+
     ranks_per_node: int
     launch: float
     rail_launch: float
@@ -105,22 +136,33 @@ class Machine:
     inter: Link
     def __init__(self, **fields: Any) -> None: ...
 
-def flat_seconds(machine: Machine, num_ranks: int, nbytes: float) -> float: ...
-def rail_hop_seconds(machine: Machine, num_ranks: int, nbytes: float) -> float: ...
-def intra_hop_seconds(machine: Machine, num_ranks: int, nbytes: float) -> float: ...
+def flat_seconds(machine: Machine, num_ranks: int, nbytes: float) -> float:
+    """Seconds of one all-gather or reduce-scatter of `nbytes` over all ranks at once."""
+
+def rail_hop_seconds(machine: Machine, num_ranks: int, nbytes: float) -> float:
+    """Seconds of the hop over nodes of a collective of `nbytes`."""
+
+def intra_hop_seconds(machine: Machine, num_ranks: int, nbytes: float) -> float:
+    """Seconds of the hop inside nodes of a collective of `nbytes`."""
 
 class MeasuredPoint:
+    """Seconds of one collective, measured."""
+
     num_ranks: int
     nbytes: float
     seconds: float
     def __init__(self, **fields: Any) -> None: ...
 
 class MeasuredTable:
+    """Measured seconds by number of ranks and bytes, interpolated."""
+
     def __init__(self, points: Sequence[MeasuredPoint] = ...) -> None: ...
     @property
     def points(self) -> list[MeasuredPoint]: ...
 
 class UnitWork:
+    """Compute and memory of equal units, per unit and sample."""
+
     name: str
     num_units: int
     numel: int
@@ -132,6 +174,8 @@ class UnitWork:
     def __init__(self, **fields: Any) -> None: ...
 
 class Workload:
+    """A model as the time model and the memory model see it."""
+
     units: list[UnitWork]
     tokens_per_sample: int
     width: int
@@ -140,9 +184,12 @@ class Workload:
     def numel(self) -> int: ...
     @property
     def num_units(self) -> int: ...
-    def flops(self, *, recompute: bool) -> float: ...
+    def flops(self, *, recompute: bool) -> float:
+        """FLOP of one sample, forward and backward; recomputed units count forward twice."""
 
 class TransformerShape:
+    """Sizes of a transformer, for transformer_workload()."""
+
     hidden: int
     mlp: int
     layers: int
@@ -154,15 +201,20 @@ class TransformerShape:
     has_fused_attention: bool
     def __init__(self, **fields: Any) -> None: ...
 
-def transformer_workload(shape: TransformerShape) -> Workload: ...
+def transformer_workload(shape: TransformerShape) -> Workload:
+    """Embedding, layers and head of a transformer as a workload."""
 
 class Contention:
+    """How much longer an operation takes while another queue is busy."""
+
     compute_by_network: float
     compute_by_intra: float
     network_by_compute: float
     def __init__(self, **fields: Any) -> None: ...
 
 class Cluster:
+    """One instance type, calibrated."""
+
     machine: Machine
     flat: MeasuredTable
     rail_hop: MeasuredTable
@@ -174,6 +226,8 @@ class Cluster:
     def __init__(self, **fields: Any) -> None: ...
 
 class GradientSync:
+    """When gradients are summed over which ranks."""
+
     TWO_HOP: GradientSync
     REPLICATE_EACH: GradientSync
     ALL_REDUCE_EACH: GradientSync
@@ -181,6 +235,8 @@ class GradientSync:
     def name(self) -> str: ...
 
 class StepSettings:
+    """What a step is predicted for."""
+
     world_size: int
     partition_size: int
     gather: Variant
@@ -200,6 +256,8 @@ class StepSettings:
     def __init__(self, **fields: Any) -> None: ...
 
 class StepTime:
+    """Seconds of one step, and of its parts."""
+
     total: float
     compute: float
     contention: float
@@ -213,10 +271,15 @@ class StepTime:
     is_extrapolated: bool
     def __init__(self, **fields: Any) -> None: ...
 
-def step_time(workload: Workload, cluster: Cluster, settings: StepSettings) -> StepTime: ...
-def step_time_bound(workload: Workload, cluster: Cluster, settings: StepSettings) -> float: ...
+def step_time(workload: Workload, cluster: Cluster, settings: StepSettings) -> StepTime:
+    """Predicts the seconds of one optimizer step."""
+
+def step_time_bound(workload: Workload, cluster: Cluster, settings: StepSettings) -> float:
+    """A lower bound of step_time(): the busiest queue, without any waiting."""
 
 class MemoryLimits:
+    """Memory of one rank's device, and what is taken of it in any case."""
+
     capacity_nbytes: float
     usable: float
     context_nbytes: float
@@ -226,6 +289,8 @@ class MemoryLimits:
     def __init__(self, **fields: Any) -> None: ...
 
 class MemoryTerms:
+    """Bytes that one rank holds, term by term, and the peak."""
+
     states: float
     parameters_kept: float
     gradients_kept: float
@@ -243,10 +308,15 @@ class MemoryTerms:
 
 def step_memory(
     workload: Workload, cluster: Cluster, settings: StepSettings, limits: MemoryLimits
-) -> MemoryTerms: ...
-def fits(memory: MemoryTerms, limits: MemoryLimits) -> bool: ...
+) -> MemoryTerms:
+    """Predicts the bytes that one rank holds at its fullest moment."""
+
+def fits(memory: MemoryTerms, limits: MemoryLimits) -> bool:
+    """Whether a peak is within the usable memory."""
 
 class PlanRequest:
+    """What plan_step() searches."""
+
     workload: Workload
     cluster: Cluster
     limits: MemoryLimits
@@ -263,12 +333,16 @@ class PlanRequest:
     def __init__(self, **fields: Any) -> None: ...
 
 class Candidate:
+    """One way to run a workload, with its time and memory."""
+
     settings: StepSettings
     time: StepTime
     memory: MemoryTerms
     def __init__(self, **fields: Any) -> None: ...
 
 class PlanResult:
+    """What plan_step() found, fastest first."""
+
     ranked: list[Candidate]
     leaders: list[Candidate]
     misses: list[Candidate]
@@ -277,9 +351,12 @@ class PlanResult:
     num_simulated: int
     def __init__(self, **fields: Any) -> None: ...
 
-def plan_step(request: PlanRequest) -> PlanResult: ...
+def plan_step(request: PlanRequest) -> PlanResult:
+    """Every legal way to run a workload on a cluster, within memory, fastest first."""
 
 class HopCounts:
+    """How often each hop of a unit runs in one step."""
+
     gather_rail: int
     gather_intra: int
     reduce_intra: int
@@ -288,6 +365,8 @@ class HopCounts:
     def __init__(self, **fields: Any) -> None: ...
 
 class UnitSize:
+    """A unit as step_bytes() sees it."""
+
     shard_numel: int
     payload_numel: int
     gradient_shard_numel: int
@@ -298,6 +377,8 @@ class UnitSize:
     def __init__(self, **fields: Any) -> None: ...
 
 class StepBytes:
+    """Bytes that one rank receives in one step, by communicator."""
+
     gather_rail: int
     gather_intra: int
     reduce_rail: int
@@ -307,13 +388,20 @@ class StepBytes:
 
 def count_hops(
     residency: ResidencySettings, num_microsteps: int, replication_size: int
-) -> HopCounts: ...
+) -> HopCounts:
+    """Counts the hops of a unit in one step."""
+
 def step_bytes(
     unit: UnitSize, shape: tuple[int, int], replication_size: int, hops: HopCounts
-) -> StepBytes: ...
-def layout_alignment(parameter_dtype: torch.dtype, reduce_dtype: torch.dtype) -> int: ...
+) -> StepBytes:
+    """Bytes of one unit in one step."""
+
+def layout_alignment(parameter_dtype: torch.dtype, reduce_dtype: torch.dtype) -> int:
+    """Elements to which chunks are aligned: 16 bytes of the narrower dtype."""
 
 class Traffic:
+    """Calls and bytes of one communicator since it was made."""
+
     calls: int
     sent_intra_nbytes: int
     sent_inter_nbytes: int
@@ -321,6 +409,8 @@ class Traffic:
     received_inter_nbytes: int
 
 class LoggedOperation:
+    """One collective in a FlightLog. Times are those of time.monotonic()."""
+
     @property
     def number(self) -> int: ...
     @property
@@ -341,8 +431,12 @@ class LoggedOperation:
     def ended_at(self) -> float | None: ...
 
 class FlightLog:
-    def operations(self) -> list[LoggedOperation]: ...
-    def begin_incident(self) -> None: ...
+    """The last collectives of this rank, and the progress of each group."""
+
+    def operations(self) -> list[LoggedOperation]:
+        """The last operations, oldest first."""
+    def begin_incident(self) -> None:
+        """Lets the next failure be reported; on all ranks equally often."""
 
 def make_reporting_log(
     store: dist.Store,
@@ -351,9 +445,12 @@ def make_reporting_log(
     world_size: int,
     interval: datetime.timedelta,
     patience: datetime.timedelta,
-) -> FlightLog: ...
+) -> FlightLog:
+    """A flight log whose report is a table of all ranks, through the Store."""
 
 class Communicator:
+    """Collectives among the ranks of one group, in one total order."""
+
     @property
     def name(self) -> str: ...
     @property
@@ -368,23 +465,29 @@ class Communicator:
     def reduces_in_ring(self) -> bool: ...
     @property
     def traffic(self) -> Traffic: ...
-    def all_gather(
-        self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
-    ) -> None: ...
+    def all_gather(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
+        """Gathers every member's inputs into the outputs, in rank order, as one launch."""
     def reduce_scatter(
         self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
-    ) -> None: ...
-    def all_reduce(self, tensor: torch.Tensor) -> None: ...
-    def set_flight_log(self, log: FlightLog) -> None: ...
+    ) -> None:
+        """Sums every member's inputs; piece r of the sum is left at rank r. One launch."""
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """Replaces `tensor` by the sum over all members."""
+    def set_flight_log(self, log: FlightLog) -> None:
+        """Logs operations from here on; to be called before the first."""
     @property
     def staging_nbytes(self) -> int: ...
-    def barrier(self) -> None: ...
+    def barrier(self) -> None:
+        """Returns when every member has called it."""
 
 class LocalWorld:
+    """Ranks that are threads of this process."""
+
     def __init__(self, world_size: int, *, timeout: datetime.timedelta) -> None: ...
     def make_communicator(
         self, *, name: str, world_ranks: Sequence[int], nodes: Sequence[int], rank: int
-    ) -> Communicator: ...
+    ) -> Communicator:
+        """Called by each member on its own thread."""
 
 def make_c10d_communicator(
     process_group: dist.ProcessGroup,
@@ -394,9 +497,12 @@ def make_c10d_communicator(
     nodes: Sequence[int],
     rank: int,
     timeout: datetime.timedelta,
-) -> Communicator: ...
+) -> Communicator:
+    """A communicator over a ProcessGroup with the members of the group."""
 
 class NcclVersions:
+    """Versions of NCCL and the CUDA runtime, at build and now, and why NCCL cannot be used."""
+
     @property
     def header(self) -> int: ...
     @property
@@ -410,14 +516,19 @@ class NcclVersions:
     @property
     def problem(self) -> str: ...
 
-def nccl_versions() -> NcclVersions: ...
+def nccl_versions() -> NcclVersions:
+    """What is installed of NCCL and CUDA. Loads the libraries."""
 
 class NcclRegistration:
+    """What NCCL may do with the memory that the runtime works in."""
+
     NONE: NcclRegistration
     BUFFERS: NcclRegistration
     WINDOWS: NcclRegistration
 
 class NcclWorld:
+    """This rank's NCCL communicators and CUDA streams, and the watchdog over them."""
+
     def __init__(
         self,
         store: dist.Store,
@@ -440,12 +551,18 @@ class NcclWorld:
         nodes: Sequence[int],
         rank: int,
         only_gathers: bool,
-    ) -> Communicator: ...
-    def make_streams(self) -> RuntimeStreams: ...
-    def close(self, patience: datetime.timedelta) -> None: ...
-    def notes(self) -> list[str]: ...
+    ) -> Communicator:
+        """Every member calls it."""
+    def make_streams(self) -> RuntimeStreams:
+        """The runtime's streams on this device."""
+    def close(self, patience: datetime.timedelta) -> None:
+        """Waits for what is in flight and ends all communicators; before the process ends."""
+    def notes(self) -> list[str]:
+        """Options that could not be honoured."""
 
 class ShmGroup:
+    """This rank's place in the shared memory segment of a group on one host."""
+
     def __init__(
         self,
         segment: str,
@@ -457,18 +574,32 @@ class ShmGroup:
         rank: int,
         timeout: datetime.timedelta,
     ) -> None: ...
-    def make_communicator(self) -> Communicator: ...
+    def make_communicator(self) -> Communicator:
+        """A communicator of the group; all of one group share one order."""
     @property
     def has_failed(self) -> bool: ...
 
-def make_shm_segment_name() -> str: ...
-def remove_stale_shm_segments() -> int: ...
-def shm_host_identity() -> str: ...
-def make_part(buffer: torch.Tensor, offset: int, sizes: Sequence[int]) -> torch.Tensor: ...
-def distance_between(first: torch.Tensor, second: torch.Tensor) -> int | None: ...
-def span_from(first: torch.Tensor, numel: int) -> torch.Tensor: ...
+def make_shm_segment_name() -> str:
+    """A name that is new on this host and tells which process made it."""
+
+def remove_stale_shm_segments() -> int:
+    """Removes segments of processes that have ended; returns how many."""
+
+def shm_host_identity() -> str:
+    """Names the host as shared memory and process ids see it."""
+
+def make_part(buffer: torch.Tensor, offset: int, sizes: Sequence[int]) -> torch.Tensor:
+    """A tensor over a part of `buffer`, with a storage of its own."""
+
+def distance_between(first: torch.Tensor, second: torch.Tensor) -> int | None:
+    """Elements from `first` to `second` in one buffer; None where they lie in two."""
+
+def span_from(first: torch.Tensor, numel: int) -> torch.Tensor:
+    """The next `numel` elements of the buffer in which `first` lies, as a tensor."""
 
 class ParameterRegistration:
+    """Puts the full or the sharded parameters of a unit into its modules."""
+
     def __init__(self) -> None: ...
     def add(
         self,
@@ -478,9 +609,12 @@ class ParameterRegistration:
         sharded: torch.Tensor,
         full: torch.Tensor,
         name: str,
-    ) -> None: ...
+    ) -> None:
+        """Adds one place of a parameter: a module's `_parameters` and the name there."""
 
 class UnitParameter:
+    """One parameter of a unit. `gradient` is what its `.grad` is set to; None when frozen."""
+
     def __init__(
         self,
         *,
@@ -492,6 +626,8 @@ class UnitParameter:
     ) -> None: ...
 
 class UnitSettings:
+    """How a unit behaves; may change between steps."""
+
     residency: ResidencySettings
     unshard_in_backward: bool
     reduce_gradients: bool
@@ -499,6 +635,8 @@ class UnitSettings:
     gradient_factor: float
 
 class Unit:
+    """Parameters that are gathered, reduced and freed together, and the state of their gradients."""
+
     def __init__(
         self,
         *,
@@ -533,32 +671,47 @@ class Unit:
     def is_accumulating(self) -> bool: ...
     @property
     def is_lent(self) -> bool: ...
-    def matches_requires_grad(self) -> bool: ...
-    def full_views(self) -> list[torch.Tensor]: ...
-    def set_full_parameters(self, full_parameters: Sequence[torch.Tensor]) -> None: ...
-    def set_registration(self, registration: ParameterRegistration) -> None: ...
-    def set_gradient_hook(self, hook: Callable[[torch.Tensor], None]) -> None: ...
+    def matches_requires_grad(self) -> bool:
+        """False when a sharded parameter was frozen or unfrozen and its full one was not."""
+    def full_views(self) -> list[torch.Tensor]:
+        """Views of the full buffer, one per parameter; readable while unsharded."""
+    def set_full_parameters(self, full_parameters: Sequence[torch.Tensor]) -> None:
+        """The leaf tensors over full_views() that autograd sees."""
+    def set_registration(self, registration: ParameterRegistration) -> None:
+        """How full and sharded parameters get into the modules."""
+    def set_gradient_hook(self, hook: Callable[[torch.Tensor], None]) -> None:
+        """Called with the synchronized gradient before it becomes visible."""
 
 class RuntimeStreams:
+    """The streams of one rank's runtime: threads of their own, or the caller's."""
+
     def __init__(self, *, on_threads: bool) -> None: ...
 
 class Phase:
+    """When units are used."""
+
     FORWARD: Phase
     BACKWARD: Phase
 
 class ExposedTime:
+    """Time that the calling thread waited for communication of a unit."""
+
     @property
     def gather(self) -> datetime.timedelta: ...
     @property
     def reduce(self) -> datetime.timedelta: ...
 
 class Depths:
+    """How far the runtime works ahead: prefetched units, and reductions in flight."""
+
     intra: int
     rail: int
     reductions: int
     def __init__(self) -> None: ...
 
 class MemoryPart:
+    """One part of the runtime's allocation."""
+
     @property
     def name(self) -> str: ...
     @property
@@ -567,6 +720,8 @@ class MemoryPart:
     def nbytes(self) -> int: ...
 
 class RuntimeMemory:
+    """The buffers that the runtime works in, cut from one allocation."""
+
     @property
     def parts(self) -> list[MemoryPart]: ...
     @property
@@ -577,6 +732,8 @@ class RuntimeMemory:
     def grown_nbytes(self) -> int: ...
 
 class Engine:
+    """Runs the units of one root module through forward and backward."""
+
     def __init__(
         self,
         units: Sequence[Unit],
@@ -585,40 +742,65 @@ class Engine:
         streams: RuntimeStreams,
         depths: Depths,
     ) -> None: ...
-    def pre_forward(self, unit: int) -> None: ...
-    def watch_outputs(self, unit: int, outputs: Sequence[torch.Tensor]) -> None: ...
-    def post_forward(self, unit: int, *, failed: bool) -> None: ...
-    def unshard(self, unit: int) -> None: ...
-    def reshard(self, unit: int) -> None: ...
-    def prefetch(self, unit: int) -> None: ...
-    def lend(self, unit: int, *, is_group: bool) -> None: ...
-    def note_written(self, units: Sequence[int]) -> None: ...
+    def pre_forward(self, unit: int) -> None:
+        """A forward of the unit begins: gathers it."""
+    def watch_outputs(self, unit: int, outputs: Sequence[torch.Tensor]) -> None:
+        """Lets backward of the open forward start at these outputs."""
+    def post_forward(self, unit: int, *, failed: bool) -> None:
+        """A forward of the unit ends."""
+    def unshard(self, unit: int) -> None:
+        """Gathers the unit, until reshard()."""
+    def reshard(self, unit: int) -> None:
+        """Ends unshard()."""
+    def prefetch(self, unit: int) -> None:
+        """Starts to gather the unit; kept until its next use."""
+    def lend(self, unit: int, *, is_group: bool) -> None:
+        """Another module is about to use the unit's full parameters."""
+    def note_written(self, units: Sequence[int]) -> None:
+        """The shards of these units were written; on all ranks alike."""
     @property
     def is_in_forward(self) -> bool: ...
-    def set_prefetch(self, phase: Phase, unit: int, ahead: Sequence[int]) -> None: ...
-    def set_depths(self, depths: Depths) -> None: ...
-    def finish_backward(self) -> None: ...
-    def set_manual_finalization(self, is_manual: bool) -> None: ...
-    def unfinished_units(self) -> list[str]: ...
-    def matches_requires_grad(self) -> bool: ...
+    def set_prefetch(self, phase: Phase, unit: int, ahead: Sequence[int]) -> None:
+        """Units to gather when a phase of the unit begins; empty: the recorded order."""
+    def set_depths(self, depths: Depths) -> None:
+        """How far to work ahead; between steps."""
+    def finish_backward(self) -> None:
+        """Ends a backward under manual finalization."""
+    def set_manual_finalization(self, is_manual: bool) -> None:
+        """Whether finish_backward() is called by hand."""
+    def unfinished_units(self) -> list[str]:
+        """Names of units with gradients that are not visible."""
+    def matches_requires_grad(self) -> bool:
+        """False when a sharded parameter was frozen or unfrozen and its full one was not."""
     def change_trainable(
         self, unit: int, gradients: Sequence[torch.Tensor | None], gradient: torch.Tensor
-    ) -> None: ...
-    def adopt(self, older: Engine, units: Sequence[int]) -> None: ...
+    ) -> None:
+        """Lets full parameters require gradients as the sharded ones do now."""
+    def adopt(self, older: Engine, units: Sequence[int]) -> None:
+        """Takes over the units, graphs and gradients of an older engine."""
     def set_callbacks(
         self, *, refresh: Callable[[], None], check_hooks: Callable[[], None]
-    ) -> None: ...
-    def drop_gradients(self, unit: int) -> None: ...
-    def release_memory(self) -> None: ...
-    def memory(self) -> RuntimeMemory: ...
+    ) -> None:
+        """Called where requires_grad has changed, and where hooks may have been set."""
+    def drop_gradients(self, unit: int) -> None:
+        """Drops the unit's gradients that are not visible."""
+    def release_memory(self) -> None:
+        """Frees the runtime's memory until the next gather."""
+    def memory(self) -> RuntimeMemory:
+        """The runtime's memory, planned if it is not there."""
     @property
     def num_order_changes(self) -> int: ...
-    def exposed(self, unit: int) -> ExposedTime: ...
-    def reset(self) -> None: ...
+    def exposed(self, unit: int) -> ExposedTime:
+        """Time that the calling thread has waited for the unit."""
+    def reset(self) -> None:
+        """Drops what is in flight, on all ranks, after an exception."""
 
-def has_forward_failed(output: object) -> bool: ...
+def has_forward_failed(output: object) -> bool:
+    """Whether an always_call hook runs because the forward threw."""
 
 class UnitHooks:
+    """Forward hooks of a unit's modules: a fast path in C++, else the given Python functions."""
+
     def __init__(
         self,
         *,
@@ -628,14 +810,18 @@ class UnitHooks:
     ) -> None: ...
     def connect(
         self, engine: Engine, units: Sequence[int], *, input_dtype: torch.dtype | None
-    ) -> None: ...
-    def disconnect(self) -> None: ...
-    def pre_forward(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any: ...
-    def post_forward(self, module: nn.Module, args: Any, output: Any) -> Any: ...
+    ) -> None:
+        """Takes the fast path for these units of the engine."""
+    def disconnect(self) -> None:
+        """Takes the Python functions from here on."""
+    def pre_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """For register_forward_pre_hook(..., with_kwargs=True)."""
+    def post_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """For register_forward_hook(..., always_call=True)."""
 
 class AdamWRun:
+    """Neighbouring parameters with one gradient and one state, flat; for adamw_step()."""
+
     def __init__(
         self,
         *,
@@ -647,6 +833,8 @@ class AdamWRun:
     ) -> None: ...
 
 class SgdRun:
+    """Neighbouring parameters with one gradient and one momentum buffer, flat; for sgd_step()."""
+
     def __init__(
         self,
         *,
@@ -655,9 +843,15 @@ class SgdRun:
         momentum_buffer: torch.Tensor | None,
     ) -> None: ...
 
-def join_neighbours(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]: ...
-def gradients_are(parameters: list[torch.Tensor], gradients: list[torch.Tensor | None]) -> bool: ...
-def entries_are(triples: list[tuple[dict[str, Any], str, torch.Tensor]]) -> bool: ...
+def join_neighbours(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Flat views that hold each element of `tensors` once and nothing else."""
+
+def gradients_are(parameters: list[torch.Tensor], gradients: list[torch.Tensor | None]) -> bool:
+    """Whether the `.grad` of each parameter is the tensor, or None, of `gradients`."""
+
+def entries_are(triples: list[tuple[dict[str, Any], str, torch.Tensor]]) -> bool:
+    """Whether each (dictionary, key, value) holds that very value."""
+
 def adamw_step(
     runs: Sequence[AdamWRun],
     steps: Sequence[float],
@@ -668,7 +862,9 @@ def adamw_step(
     eps: float,
     weight_decay: float,
     maximize: bool,
-) -> None: ...
+) -> None:
+    """One step of AdamW, bit for bit as torch's single-tensor form."""
+
 def sgd_step(
     runs: Sequence[SgdRun],
     is_first: Sequence[bool],
@@ -679,4 +875,5 @@ def sgd_step(
     weight_decay: float,
     nesterov: bool,
     maximize: bool,
-) -> None: ...
+) -> None:
+    """One step of SGD, bit for bit as torch's single-tensor form."""

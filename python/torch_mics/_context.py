@@ -89,13 +89,11 @@ class Context:
 
     def _make_engine(self, older: list[Context]) -> None:
         handles = [unit.handle or self._make_handle(unit) for unit in self.units]
-        depths = _C.Depths()
-        depths.reductions = self.root_unit.settings.reductions_in_flight
         self.engine = _C.Engine(
             handles,
             control=self.control,
             streams=self.streams,
-            depths=depths,
+            depths=self._depths(),
         )
         for index, (unit, handle) in enumerate(zip(self.units, handles, strict=True)):
             handle.name = unit.name
@@ -103,8 +101,9 @@ class Context:
             unit.attach(self, self.engine, handle, index, is_root=is_root)
         for other in older:
             self.engine.adopt(other.engine, [unit.index for unit in other.units])
-        self.engine.set_hook_check(_weakly(self.check_hooks))
-        self.engine.set_refresh(_weakly(self.follow_requires_grad))
+        self.engine.set_callbacks(
+            refresh=_weakly(self.follow_requires_grad), check_hooks=_weakly(self.check_hooks)
+        )
         self.push_prefetch()
         for unit in self.units:
             unit.push_settings()
@@ -114,8 +113,21 @@ class Context:
         nested = [inner for module in unit.modules for inner in units_of(module)]
         return unit.make_handle(
             self.communicators[unit.variant],
-            is_outer=any(inner.modules != unit.modules for inner in nested),
+            has_nested_units=any(inner.modules != unit.modules for inner in nested),
         )
+
+    def _depths(self) -> _C.Depths:
+        settings = self.root_unit.settings
+        depths = _C.Depths()
+        depths.intra, depths.rail = settings.prefetch_depths
+        depths.reductions = settings.reductions_in_flight
+        return depths
+
+    def push_depths(self) -> None:
+        """Brings the engine to the root's depths. A collective: ranks that differ raise ValueError."""
+        settings = self.root_unit.settings
+        check_same("prefetch depths", [*settings.prefetch_depths, settings.reductions_in_flight])
+        self.engine.set_depths(self._depths())
 
     def push_prefetch(self) -> None:
         """Tells the engine which prefetches the user has asked for."""

@@ -22,7 +22,13 @@ from torch_mics._module import MiCSModule
 from torch_mics._optimizer_checks import install_optimizer_checks
 from torch_mics._parameters import Place
 from torch_mics._policy import resolve_policy
-from torch_mics._settings import Settings, resolve_accumulate, resolve_keep, resolve_reshard
+from torch_mics._settings import (
+    Settings,
+    check_depths,
+    resolve_accumulate,
+    resolve_keep,
+    resolve_reshard,
+)
 from torch_mics._state_dict_hooks import register_state_dict_hooks
 from torch_mics._unit import ShardedUnit
 
@@ -47,6 +53,7 @@ def fully_shard(
     hierarchical_gather: HierarchicalGather = "auto",
     accumulate: str = "two_hop",
     keep_between_microsteps: str = "shard",
+    prefetch_depths: tuple[int, int] = (1, 2),
 ) -> Any:
     """Shards the parameters of `module` over a partition group, in place; FSDP2's signature.
 
@@ -75,6 +82,7 @@ def fully_shard(
         keep_between_microsteps: what stays of the full parameters from one micro-step to the next:
             "shard" (nothing), "block" (the node block: nodes are crossed once per step) or "full".
             Every accumulation starts with a gather of the weights as they are.
+        prefetch_depths: (intra, rail), as set_prefetch_depths(); the root's holds for all.
 
     Returns:
         `module`, whose class is now a subclass of MiCSModule and of its own class.
@@ -100,6 +108,7 @@ def fully_shard(
         resolve_reshard(reshard_after_forward, groups.topology, variant),
         resolve_keep(keep_between_microsteps, groups.topology, variant),
         accumulate=resolve_accumulate(accumulate, groups.topology, variant),
+        prefetch_depths=check_depths(prefetch_depths),
     )
     found = _find_parameters(modules, ignored_params or set())
     _check_parameters(found)

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch_mics import _C
 from torch_mics._context import Context, context_of, contexts_of, release
 from torch_mics._hooks import ForwardAdapter, ensure_context
-from torch_mics._settings import resolve_keep, resolve_reshard
+from torch_mics._settings import check_depths, resolve_keep, resolve_reshard
 from torch_mics._unit import ShardedUnit, units_of
 
 _FORWARD_ADAPTER = ForwardAdapter()
@@ -75,7 +75,7 @@ class MiCSModule(FSDPModule):
         return _FORWARD_ADAPTER
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """Moves or casts the parameters; the shard is laid out anew around the results."""
+        """Moves or casts the parameters; the shard is laid out again around the results."""
         release(self._units())
         # FSDPModule's own _apply works on its state, which is not there.
         result = super(FSDPModule, self)._apply(fn, recurse)  # type: ignore[misc]
@@ -147,6 +147,33 @@ class MiCSModule(FSDPModule):
     def set_modules_to_backward_prefetch(self, modules: list[FSDPModule]) -> None:
         """Gathers the units of `modules`, in this order, when this module's backward begins."""
         self._set_prefetch("backward_prefetch", modules)
+
+    def set_prefetch_depths(self, *, intra: int, rail: int) -> None:
+        """How many units are prefetched in the recorded order; the root's value holds for all.
+
+        More depth hides more communication and takes more memory. After the first forward a
+        collective, between steps.
+
+        Args:
+            intra: units whose full parameters are gathered ahead of their use; 1 by default.
+            rail: units whose node blocks are, at least `intra`; 2 by default.
+
+        Raises:
+            ValueError: depths that are not 0 <= intra <= rail; during a step; or, on every rank, when
+                ranks differ.
+        """
+        self._set_depths("prefetch_depths", check_depths((intra, rail)), recurse=True)
+
+    def _set_depths(self, field: str, value: object, *, recurse: bool) -> None:
+        before = [getattr(unit.settings, field) for unit in self._units(recurse=recurse)]
+        self._set(field, value, recurse=recurse)
+        try:
+            for context in self._contexts():
+                context.push_depths()
+        except ValueError:
+            for unit, old in zip(self._units(recurse=recurse), before, strict=True):
+                setattr(unit.settings, field, old)
+            raise
 
     def _set_prefetch(self, direction: str, modules: list[FSDPModule]) -> None:
         for unit in self._unit.all:
@@ -248,12 +275,12 @@ class MiCSModule(FSDPModule):
         for context in self._contexts():
             context.engine.reset()
             if context.flight_log is not None:
-                context.flight_log.begin_incident()  # the next failure is told of anew
+                context.flight_log.begin_incident()  # so that the next failure is reported
 
     def release_memory(self) -> None:
         """Frees the runtime's working memory until the next forward; see torch_mics.memory().
 
-        For phases without training. What residency settings keep is gathered anew afterwards.
+        For phases without training. What residency settings keep is gathered again afterwards.
 
         Raises:
             ValueError: during an accumulation, or while a module is unsharded.
@@ -297,20 +324,17 @@ class MiCSModule(FSDPModule):
 
         More overlaps better where communication is slower than backward, and keeps more gradients.
 
+        After the first forward a collective, between steps.
+
         Raises:
-            ValueError: below 1.
-            RuntimeError: after the first forward, when the runtime's memory has been planned.
+            ValueError: below 1; during a step; or, on every rank, when ranks differ.
         """
         if max_input_buffers < 1:
             raise ValueError(
                 "at least one reduction must be in flight: got "
                 f"max_input_buffers={max_input_buffers}."
             )
-        if self._contexts():
-            raise RuntimeError(
-                "set_reduce_scatter_max_input_buffers must be called before the first forward."
-            )
-        self._set("reductions_in_flight", max_input_buffers, recurse=recurse)
+        self._set_depths("reductions_in_flight", max_input_buffers, recurse=recurse)
 
     def set_custom_all_gather(self, comm: Any) -> None:
         """Refused: the gather is the library's own."""

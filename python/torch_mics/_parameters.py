@@ -203,7 +203,7 @@ class ShardedParameters:
             parameter.kept = None
 
     def replace(self, parameter: Parameter, local: torch.Tensor) -> None:
-        """Makes the DTensor of `parameter` anew, over `local`; repack() lays it down in the shard."""
+        """Makes a new DTensor of `parameter`, over `local`; repack() lays it down in the shard."""
         before = parameter.sharded
         sharded = nn.Parameter(
             self._wrap(local, parameter.sizes), requires_grad=before.requires_grad

@@ -26,6 +26,7 @@ class Settings:
     is_last_backward: bool = True
     accumulate: str = "two_hop"
     gradient_divide_factor: float | None = None  # None: the world size
+    prefetch_depths: tuple[int, int] = (1, 2)  # hop 2, hop 1; the root's holds for all
     reductions_in_flight: int = 2  # the root's holds for all
 
     def described(self, ranks_per_node: int) -> dict[str, str]:
@@ -57,6 +58,17 @@ class Settings:
             self.requires_gradient_sync and self.requires_all_reduce and self.is_last_backward
         )
         target.gradient_factor = 1.0 / (self.gradient_divide_factor or float(world_size))
+
+
+def check_depths(depths: tuple[int, int]) -> tuple[int, int]:
+    """Gives the depths, or raises ValueError."""
+    intra, rail = depths
+    if not 0 <= intra <= rail:
+        raise ValueError(
+            "prefetch_depths must be two numbers (intra, rail), 0 <= intra <= rail: got "
+            f"({intra}, {rail})."
+        )
+    return intra, rail
 
 
 def resolve_reshard(

@@ -29,6 +29,7 @@ def shard_model(
     hierarchical_gather: HierarchicalGather = "auto",
     accumulate: str = "two_hop",
     keep_between_microsteps: str = "shard",
+    prefetch_depths: tuple[int, int] = (1, 2),
 ) -> Model:
     """Shards a whole model in place: each unit, then the root with what is left.
 
@@ -46,7 +47,7 @@ def shard_model(
             parameters that hold no such module; or the modules themselves.
         shard_size: as fully_shard(), or "auto": the one that plan() finds (docs/planner.md#auto).
         mesh, mp_policy, reshard_after_forward, ignored_params, hierarchical_gather, accumulate,
-        keep_between_microsteps: as fully_shard().
+        keep_between_microsteps, prefetch_depths: as fully_shard().
 
     Returns:
         `model`.
@@ -70,6 +71,7 @@ def shard_model(
         "hierarchical_gather": hierarchical_gather,
         "accumulate": accumulate,
         "keep_between_microsteps": keep_between_microsteps,
+        "prefetch_depths": prefetch_depths,
     }
     ignored = ignored_params or set()
     found, notes = find_and_explain(model, units, ignored)

@@ -94,7 +94,7 @@ class ShardedUnit(ShardedParameters):
         """This unit and its companions."""
         return [self, *self.companions]
 
-    def make_handle(self, communicators: Communicators, *, is_outer: bool) -> _C.Unit:
+    def make_handle(self, communicators: Communicators, *, has_nested_units: bool) -> _C.Unit:
         """Makes the C++ unit: gradient buffer, full parameters and their exchange.
 
         Args:
@@ -214,7 +214,7 @@ class ShardedUnit(ShardedParameters):
     def is_unfinished(self) -> bool:
         """Whether gradients wait for their synchronisation."""
         handle = self.handle
-        return handle is not None and (handle.has_pending or handle.has_full_gradient)
+        return handle is not None and (handle.has_accumulated or handle.has_full_gradient)
 
     def push_settings(self) -> None:
         """Brings the C++ unit up to the settings."""

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "mics/model/step_model.h"
+#include "mics/model/cost_model.h"
 
 namespace mics {
 

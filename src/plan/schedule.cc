@@ -86,7 +86,7 @@ void Schedule::pass_last(Tape& tape, std::vector<Action>& actions) {
       return;
     case Tape::EventKind::kBegin: {
       const bool has_earlier = has_earlier_call(event.unit);
-      // The backward of the first forward is still to come, or under way.
+      // The backward of the first forward is still to come, or running.
       if (is_unused_recomputation && has_earlier) return;
       // Gradients of a unit add up over its calls until the earliest one has been passed.
       if (!has_earlier && unreduced_.erase(event.unit) > 0) {
@@ -152,7 +152,7 @@ void Schedule::adopt(Schedule& older, const std::vector<int>& units) {
     for (Tape::Event& event : tape->events_) event.unit = units[static_cast<size_t>(event.unit)];
     tapes_.push_back(weak);
   }
-  // Calls are told apart on their tape.
+  // Numbers of calls are unique on a tape.
   next_call_ = std::max(next_call_, older.next_call_);
   older.reset();
 }

@@ -40,11 +40,11 @@ class BoundaryAgreement {
   // digest starts afresh. On CPUs only: on a device a look would stop the host. `memory` as given
   // to the last sum().
   void check(const at::Tensor& memory);
-  // Lets go of `memory`; the streams must be empty.
+  // Releases `memory`; the streams must be empty.
   void release_finished() {
     if (control_ != nullptr) control_->release_finished();
   }
-  // After an exception: forgets what is under way. The streams must be empty.
+  // After an exception: forgets what is in flight. The streams must be empty.
   void reset();
 
  private:

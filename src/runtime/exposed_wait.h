@@ -8,7 +8,7 @@
 
 namespace mics {
 
-// compute.wait(event). What the calling thread stood still for it, by the clock of `compute`, is
+// compute.wait(event). How long the calling thread waited, by the clock of `compute`, is
 // added to `exposed`: on CPUs the part of communication that compute does not hide; about nothing
 // where the wait is a device's.
 // A profiler sees the range "torch_mics: <what> of <unit>".

@@ -232,8 +232,8 @@ std::vector<TensorPair> GatherPipeline::make_pairs(int index) {
   return pairs;
 }
 
-// Hop 2. Its tensors are made once per pair of slots, and kept where the slots are there to stay: a
-// slot beside the plan is freed with its last tensor.
+// Hop 2. Its tensors are made once per pair of planned slots and kept. Those of a grown slot are not:
+// the slot is freed with its last tensor.
 void GatherPipeline::send_intra(int index) {
   Gather& to = of(index);
   Unit& started = unit(index);

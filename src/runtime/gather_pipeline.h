@@ -57,7 +57,7 @@ class GatherPipeline {
 
   // An outermost forward begins, or ends. `is_new`: no accumulation is open, so the forward uses
   // nothing that was gathered for an earlier one: shards may have been written since in ways that
-  // no version counter tells of (`p.data`, foreach kernels). Else it uses what was gathered since
+  // no version counter shows (`p.data`, foreach kernels). Else it uses what was gathered since
   // the first forward of the accumulation. What was requested by hand stays. `records`: autograd
   // does.
   void begin_forward(bool is_new, bool records);
@@ -113,7 +113,7 @@ class GatherPipeline {
     const void* block = nullptr;
     std::vector<TensorPair> pairs;
   };
-  // Which values of a shard: those after `num_writes` writes that were told of, with `version` in
+  // Which values of a shard: those after `num_writes` reported writes, with `version` in
   // its version counters, since the last of `num_boundaries`, gathered in or after outermost
   // forward `forward`. A copy of other values is old. To a forward, so is one that was gathered
   // before the first forward whose copies it may use.

@@ -88,7 +88,7 @@ const std::vector<int>& Prefetcher::upcoming(int depth) {
   return upcoming_;
 }
 
-// `unit` needs no gather for its next use: it is full, and will be when its module lets go of it.
+// `unit` needs no gather for its next use: it is full, and stays so when its module is done with it.
 bool Prefetcher::stays_full(int unit) const {
   const Unit& asked = *units_[static_cast<size_t>(unit)];
   if (asked.parameters().full_is_shard()) return true;

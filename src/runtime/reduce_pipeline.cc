@@ -253,7 +253,7 @@ bool ReducePipeline::holds_block() const {
 }
 
 void ReducePipeline::drop(int index) {
-  // Memory that is still written must not be used anew.
+  // Memory that is still written must not be used again.
   if (unit(index).gradients().synchronized().defined()) wait(index);
   unit(index).gradients().drop();
 }

@@ -45,7 +45,7 @@ class ReducePipeline {
   void reduce(int unit);
   // Nothing when nothing is accumulated.
   void synchronize(int unit);
-  // The end of a backward: lets go of the gradients that reductions still read, after an edge that
+  // The end of a backward: releases the gradients that reductions still read, after an edge that
   // makes compute wait for them. Nothing where the host frees them when they have been read.
   void free_gradients();
   // Until then synchronized() must not be read. Throws what the reduction threw.

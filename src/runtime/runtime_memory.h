@@ -100,13 +100,13 @@ class RuntimeMemory {
   [[nodiscard]] at::Tensor packed_gradients(int index, int64_t numel, at::ScalarType dtype);
   // [num_flags], int64.
   [[nodiscard]] const at::Tensor& flags() const { return flags_; }
-  // A full slot or block slot beside the plan.
+  // A full slot or block slot that is not in the plan.
   [[nodiscard]] Slot* grow_full(int64_t nbytes);
   [[nodiscard]] Slot* grow_block(int64_t nbytes);
 
   [[nodiscard]] const std::vector<MemoryPart>& parts() const { return parts_; }
   [[nodiscard]] int64_t nbytes() const { return nbytes_; }  // of the one allocation
-  // Allocations made beside it.
+  // Allocations that were not planned.
   [[nodiscard]] int64_t num_grown() const { return num_grown_; }
   [[nodiscard]] int64_t grown_nbytes() const { return grown_nbytes_; }
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.who_uses_whom import circles, python_uses
+from support.who_uses_whom import circles, cpp_uses, python_uses
 
 ROOT = Path(__file__).resolve().parents[2]
 CPP_SUFFIXES = {".h", ".cc", ".cu"}
@@ -24,7 +24,8 @@ PLAN_HEADERS += ("prefetch.h",)
 MODEL_HEADERS = ("cost_model.h", "measured_table.h", "workload.h", "step_model.h")
 MODEL_HEADERS += ("memory_model.h", "planner.h")
 COMM_HEADERS = ("stream.h", "communicator.h", "flight_log.h")
-BACKEND_HEADERS = ("local_world.h", "c10d_communicator.h", "shm_communicator.h", "nccl_world.h")
+BACKEND_HEADERS = ("local_world.h", "c10d_communicator.h", "shm_communicator.h")
+BACKEND_HEADERS += ("nccl_options.h", "nccl_world.h")
 RUNTIME_HEADERS = ("unit_collectives.h", "unit_parameters.h", "unit_gradients.h", "unit.h")
 RUNTIME_HEADERS += ("runtime_streams.h", "engine.h")
 OPTIM_HEADERS = ("flat_optimizer.h",)
@@ -155,7 +156,7 @@ HEADER_LAYERS = (
     ),
     (
         (*COMM_HEADERS, *BACKEND_HEADERS),
-        public("error.h", *COMM_HEADERS),
+        public("error.h", *COMM_HEADERS, "nccl_options.h"),
         "a comm header includes the comm interface",
     ),
     (
@@ -292,9 +293,9 @@ def test_imports_follow_the_table():
     assert not found, report(found)
 
 
-@pytest.mark.parametrize("folder", ["python/torch_mics", "benchmarks"])
-def test_no_files_use_each_other(folder: str):
-    uses = python_uses(folder)
+@pytest.mark.parametrize("folders", ["python/torch_mics", "benchmarks", "src include python/csrc"])
+def test_no_files_use_each_other(folders: str):
+    uses = {**python_uses(*folders.split()), **cpp_uses(*folders.split())}
     assert uses
     assert not circles(uses), report([", ".join(circle) for circle in circles(uses)])
 

@@ -181,7 +181,7 @@ def test_states_and_working_memory_are_compared(world):
     # A shard, its gradient, and two states of the rows that this rank owns; the last may own none.
     padded = sum(unit.layout().shard_numel for unit in units_of(model) if unit.parameters)
     assert 8 * padded <= rows["memory of states"].measured * 1e6 <= 16 * padded
-    planned = sum(n for part, n in mics.memory(model).items() if part != "beside the plan")
+    planned = sum(n for part, n in mics.memory(model).items() if part != "unplanned")
     parts = [r.measured for name, r in rows.items() if "gathered" in name or "gradients" in name]
     assert sum(parts) * 1e6 == pytest.approx(planned)
     assert rows["peak memory of the process"].measured > 50

@@ -29,23 +29,32 @@ def too_long(paths: list[Path], most: int) -> list[str]:
 
 
 def cpp_functions(text: str) -> list[tuple[int, int, str]]:
-    """Returns line, length and first line of each function that ends in a "}" of its own."""
+    """Returns line, length and first line of each function of a file, or of a class in it."""
     found = []
     lines = text.splitlines()
-    starts: dict[int, int] = {}  # by indentation
-    for number, line in enumerate(lines):
-        indent = len(line) - len(line.lstrip())
-        if line.strip() in ("}", "};"):
-            start = starts.pop(indent, None)
-            if start is not None and line.strip() == "}":
-                head = " ".join(lines[start : start + 3])
-                if "(" in head and not re.match(r"\s*(namespace|struct|class|enum|union)\b", head):
-                    found.append((start + 1, number - start + 1, lines[start]))
-        elif line.strip() and not line.lstrip().startswith(("//", "#", "public:", "private:")):
-            # A line that continues a signature is indented further, or starts with an initializer.
-            if not re.match(r"\s*(:|\}|\))", line) and indent in (0, 2):
-                if indent == 0 or re.match(r"  [\w\[~:<>,&* ]+\(.*|  [\w\[~:<>,&* ]+$", line):
-                    starts[indent] = number
+
+    def is_at(number: int, indent: str) -> bool:
+        line = lines[number]
+        return line.startswith(indent) and line[len(indent) :][:1] not in ("", " ", "}", "#")
+
+    for end, line in enumerate(lines):
+        indent = line[:-1]
+        if line not in ("}", "  }"):
+            continue
+        start = end - 1
+        while start > 0 and not is_at(start, indent):
+            start -= 1
+        # A return type may have a line of its own.
+        while (
+            start > 0
+            and is_at(start - 1, indent)
+            and not re.search(r"//|[;:{}]$", lines[start - 1])
+        ):
+            start -= 1
+        if not re.match(
+            r"\s*(namespace|struct|class|enum|union|if|for|while|switch|\{)", lines[start]
+        ):
+            found.append((start + 1, end - start + 1, lines[start]))
     return found
 
 

@@ -73,6 +73,13 @@ struct Machine {
   Link inter;
 };
 
+// How queues slow each other down while both are busy: an operation takes 1 + x times as long.
+struct Contention {
+  double compute_by_network = 0;
+  double compute_by_intra = 0;
+  double network_by_compute = 0;
+};
+
 // Seconds of one all-gather or reduce-scatter in which every rank ends, or begins, with `nbytes`.
 //   inside a node      (p-1)*a_intra + (p-1)/p * nbytes/B_intra
 //   flat over nodes    launch + (p-m)*a_intra + (m-1)*a_inter + (p-1)/p * nbytes/B_inter   (ring)

@@ -22,13 +22,6 @@
 
 namespace mics {
 
-// How queues slow each other down while both are busy: an operation takes 1 + x times as long.
-struct Contention {
-  double compute_by_network = 0;
-  double compute_by_intra = 0;
-  double network_by_compute = 0;
-};
-
 // One instance type, calibrated.
 struct Cluster {
   Machine machine;

@@ -1,7 +1,7 @@
 """Predicts time and memory of a training step, and searches the settings that make it fast.
 
-The models are the C++ core's (include/mics/model/step_model.h, memory_model.h, planner.h). Here are what they
-are fed with, calibrations and published runs, and what is made of their numbers.
+The models are the C++ core's (include/mics/model). Here are what they are fed with, calibrations and
+published runs, and what is made of their numbers.
 """
 
 from torch_mics.planner._bytes import predicted_bytes

@@ -89,6 +89,7 @@ class Plan:
             ),
             "keep_between_microsteps": residency.between_microsteps.name.lower(),
             "accumulate": accumulate[residency.gradient_accumulation],
+            "prefetch_depths": (settings.prefetch_intra, settings.prefetch_rail),
         }
 
 

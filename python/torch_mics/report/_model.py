@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from torch import nn
 
 from torch_mics import _C
@@ -28,31 +30,47 @@ def memory(model: nn.Module) -> dict[str, int]:
     """Gives the bytes of the runtime's working memory on this rank, by part.
 
     It is one allocation for full parameters, node blocks and reductions, planned from the units and their
-    settings (docs/training.md#memory); shards, gradients and optimizer states are not in it. "beside the
-    plan" counts what did not fit, over the life of the plan: several units unsharded by hand, say.
+    settings (docs/training.md#memory); shards, gradients and optimizer states are not in it. "unplanned"
+    counts the allocations for what did not fit, over the life of the plan: several units unsharded by
+    hand, for example. (Its key was "beside the plan", which still works, with a warning.)
 
     Collective before the first forward.
     """
-    totals: dict[str, int] = {}
+    totals = _Memory()
     for context in _contexts(model, "memory"):
         planned = context.engine.memory()
         for part in planned.parts:
             totals[part.name] = totals.get(part.name, 0) + part.nbytes
-        totals["beside the plan"] = totals.pop("beside the plan", 0) + planned.grown_nbytes
+        totals["unplanned"] = totals.pop("unplanned", 0) + planned.grown_nbytes
     return totals
 
 
-def exposed(model: nn.Module) -> dict[str, dict[str, float]]:
-    """Gives the seconds that this rank's training thread has stood still for communication, by unit.
+class _Memory(dict[str, int]):
+    """Bytes by part, with the names that parts had before."""
 
-    By name of the unit: "gather" and "reduce", since the first forward. It is what compute has not hidden,
-    waiting for slower ranks included. On CPUs; a device's own waits are not seen. torch.profiler shows the
-    same waits as ranges "torch_mics: ...". Empty before the first forward.
+    def __missing__(self, part: str) -> int:
+        if part != "beside the plan":
+            raise KeyError(part)
+        warnings.warn(
+            'mics.memory(model)["beside the plan"] is now ["unplanned"]; the old key goes with the '
+            "next version.",
+            FutureWarning,
+            stacklevel=2,
+        )
+        return self["unplanned"]
+
+
+def exposed(model: nn.Module) -> dict[str, dict[str, float]]:
+    """Gives the seconds that this rank's training thread has waited for communication, by unit.
+
+    By name of the unit: "gather" and "reduce", since the first forward: communication that compute has not
+    hidden, including waits for slower ranks. On CPUs; a device's own waits are not seen. torch.profiler
+    shows the same waits as ranges "torch_mics: ...". Empty before the first forward.
     """
     return {
         unit.name: {
-            "gather": context.engine.exposed_gather(unit.index).total_seconds(),
-            "reduce": context.engine.exposed_reduce(unit.index).total_seconds(),
+            "gather": context.engine.exposed(unit.index).gather.total_seconds(),
+            "reduce": context.engine.exposed(unit.index).reduce.total_seconds(),
         }
         for context in contexts_of(units_of(sharded_module(model, "exposed")))
         for unit in context.units

@@ -141,6 +141,7 @@ class _Run:
         self._shape, self._plan = shape, plan
         self._units = [u for u in context.units if u.handle is not None and u.parameters]
         self._topology = context.root_unit.groups.topology
+        self._prefetch_depths = context.root_unit.settings.prefetch_depths
         self._settings = self._make_settings()
 
     def _make_settings(self) -> _C.StepSettings:
@@ -163,8 +164,7 @@ class _Run:
         )
         if self._shape.num_boundaries > 1:
             settings.sync = _C.GradientSync.REPLICATE_EACH
-        depths = _C.Depths()
-        settings.prefetch_rail, settings.prefetch_intra = depths.rail, depths.intra
+        settings.prefetch_intra, settings.prefetch_rail = self._prefetch_depths
         if self._plan is not None:
             settings.micro_batch = self._plan.best.settings.micro_batch
             settings.recompute = self._plan.best.settings.recompute
@@ -200,7 +200,7 @@ class _Run:
         yield _memory_row("memory of states", predicted["states"], self._state_nbytes())
         yield _memory_row("memory of gathered parameters", predicted["gathered"], parameters)
         yield _memory_row("memory of gradients on their way", predicted["sums"], gradients)
-        yield _memory_row("memory beside the plan", 0, runtime.grown_nbytes)
+        yield _memory_row("unplanned memory", 0, runtime.grown_nbytes)
         device = self._context.root_unit.shard.device
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)

@@ -28,7 +28,7 @@ class CudaApi {
   [[nodiscard]] virtual cudaError_t event_create(cudaEvent_t* event) = 0;
   [[nodiscard]] virtual cudaError_t event_destroy(cudaEvent_t event) = 0;
   [[nodiscard]] virtual cudaError_t event_record(cudaEvent_t event, cudaStream_t stream) = 0;
-  // cudaErrorNotReady: work before the record is under way.
+  // cudaErrorNotReady: work before the record is not done.
   [[nodiscard]] virtual cudaError_t event_query(cudaEvent_t event) = 0;
   [[nodiscard]] virtual cudaError_t stream_wait_event(cudaStream_t stream, cudaEvent_t event) = 0;
   [[nodiscard]] virtual cudaError_t stream_query(cudaStream_t stream) = 0;

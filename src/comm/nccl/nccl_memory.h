@@ -17,7 +17,7 @@
 #include "comm/nccl/cuda_stream.h"
 #include "comm/nccl/nccl_api.h"
 #include "comm/nccl/nccl_handle.h"
-#include "mics/nccl_world.h"
+#include "mics/nccl_options.h"
 
 namespace mics {
 

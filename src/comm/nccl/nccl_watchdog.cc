@@ -9,7 +9,7 @@ namespace mics {
 
 namespace {
 
-// How often a rank looks into the Store whether another has failed.
+// How often a rank polls the Store for the failure of another.
 constexpr std::chrono::milliseconds kStoreInterval{500};
 constexpr char kFailureKey[] = "failure";
 

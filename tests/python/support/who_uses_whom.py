@@ -1,13 +1,15 @@
 """Who uses whom, file by file, and the circles among them.
 
-    python tests/python/support/who_uses_whom.py python/torch_mics benchmarks
+    python tests/python/support/who_uses_whom.py src include python/torch_mics benchmarks
 
-prints the table, and fails where there is a circle.
+prints the table, and fails where there is a circle. In C++ a header and the source of its name are
+one file.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
@@ -22,6 +24,21 @@ def python_uses(*folders: str) -> dict[str, set[str]]:
     files = [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
     found = {_name(file): {_name(other) for other in _imports(file)} for file in files}
     return {name: (used & set(found)) - {name} for name, used in found.items()}
+
+
+def cpp_uses(*folders: str) -> dict[str, set[str]]:
+    """Gives the includes among the C++ files of `folders`; include/mics/x.h goes with its x.cc."""
+    sources = [f for folder in folders for f in sorted((ROOT / folder).rglob("*.*"))]
+    sources = [file for file in sources if file.suffix in {".h", ".cc"}]
+    homes = {file.stem: _name(file.with_suffix("")) for file in sources if file.suffix == ".cc"}
+    assert len(homes) == sum(file.suffix == ".cc" for file in sources), "sources have one name each"
+    names = {file: homes.get(file.stem, _name(file.with_suffix(""))) for file in sources}
+    found: dict[str, set[str]] = {name: set() for name in names.values()}
+    for file in sources:
+        for header in re.findall(r'#include "([^"]+)"', file.read_text()):
+            places = [ROOT / "src" / header, ROOT / "include" / header, file.parent / header]
+            found[names[file]] |= {names[place] for place in places if place in names}
+    return {name: used - {name} for name, used in found.items()}
 
 
 def _name(file: Path) -> str:
@@ -88,7 +105,7 @@ def table(uses: Uses) -> str:
 
 
 if __name__ == "__main__":
-    shown = python_uses(*sys.argv[1:])
+    shown = {**cpp_uses(*sys.argv[1:]), **python_uses(*sys.argv[1:])}
     print(table(shown))
     if found := circles(shown):
         sys.exit("\n".join(f"circle: {', '.join(circle)}" for circle in found))
