@@ -161,7 +161,7 @@ class Group:
 
 
 class FlatState:
-    """The runs of an optimizer; looked for again when anything that they depend on has changed."""
+    """The runs of an optimizer. They are found again when anything that they depend on has changed."""
 
     def __init__(self, make_handle: Callable[[Run], Any], *, counts_steps: bool) -> None:
         self._make_handle = make_handle

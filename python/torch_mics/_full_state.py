@@ -41,8 +41,8 @@ def full_state_dict(
     keeps = not rank0_only or dist.get_rank() == 0
     found: dict[str, Any] = {}
     with together("full_state_dict"):
-        # What is tied is gathered once and is one tensor, as in the unsharded model: a writer may keep it
-        # once, or tie again what it finds to be one.
+        # Tied parameters are gathered once and are one tensor, as in the unsharded model, so that a writer
+        # can see that they are tied.
         first: dict[int, str] = {}
         for key, value in model.state_dict(keep_vars=True).items():
             name = plain_name(key)
@@ -70,7 +70,7 @@ def _full_value(value: Any, *, keeps: bool, cpu_offload: bool) -> Any:
 
 
 def full_tensor(sharded: DTensor) -> torch.Tensor:
-    """Gathers a DTensor, of dtypes too that a backend of torch does not move. Collective."""
+    """Gathers a DTensor, also of a dtype that torch's backends cannot send. Collective."""
     if sharded.dtype not in _MOVED_AS_BYTES:
         return sharded.full_tensor()
     local = sharded.to_local()
@@ -106,7 +106,7 @@ def load_full_state_dict(
         ValueError: names or shapes are those of another model; on every rank alike.
     """
     model = sharded_module(model, "load_full_state_dict")
-    # torch renames and takes entries: the caller's stays as it is.
+    # A copy: torch renames and removes entries.
     state = {plain_name(name): value for name, value in state.items()}
     exchange("a call of load_full_state_dict", "")
     _check_fits(model, state, broadcast=broadcast, strict=strict)

@@ -110,7 +110,7 @@ def _take_random_states(device: torch.device, starts: list[bytes]) -> list[bytes
 
 
 def _of_all_ranks(problems: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Joins what the ranks found: a rank without rows of a parameter sees nothing of it."""
+    """Joins the problems of all ranks: a rank without rows of a parameter cannot see its problems."""
     texts = exchange("the first values in a call of materialize", json.dumps(problems))
     answers = [json.loads(text) for text in texts]
     return {

@@ -22,7 +22,7 @@ ShardSize = int | Literal["node", "world"]
 
 _MESH_DIMS = ("dp_replicate", "dp_shard")
 _INTRA_BACKEND = "MICS_INTRA_BACKEND"
-# Meshes made without being asked for, one per shard size; they go with the process group.
+# Meshes of calls that name none, one per shard size; they live as long as the process group.
 _default_meshes: weakref.WeakKeyDictionary[object, dict[ShardSize, DeviceMesh]] = (
     weakref.WeakKeyDictionary()
 )
@@ -155,7 +155,7 @@ def default_mesh(shard_size: ShardSize) -> DeviceMesh:
 
 
 def _warn_of_irregular_nodes(topology: _C.Topology) -> None:
-    """Two hops need nodes alike; without them everything that a group moves may cross nodes."""
+    """Warns once, on rank 0, where groups over several nodes cannot use two hops."""
     if not (topology.spans_nodes and topology.hierarchical_error) or dist.get_rank() != 0:
         return
     size = topology.partition_size
@@ -171,16 +171,16 @@ def _warn_of_irregular_nodes(topology: _C.Topology) -> None:
 def _attach_groups(mesh: DeviceMesh, nodes: list[str], intra_backend: IntraBackend) -> Groups:
     groups = Groups(mesh, nodes, intra_backend)
     _warn_of_irregular_nodes(groups.topology)
-    # torch makes groups of a mesh with time-outs of their own, whatever was asked for.
+    # torch gives the groups of a mesh its own default time-out, not that of the process group.
     for group in {id(group): group for group in mesh.get_all_groups()}.values():
         distributed_c10d._set_pg_timeout(operation_timeout(), group)
-    # Kept on the mesh, so that it lives exactly as long and every unit on the mesh finds it.
+    # Kept on the mesh: it lives as long, and every unit on the mesh finds it.
     mesh._mics_groups = groups  # type: ignore[attr-defined]
     return groups
 
 
 def groups_of(mesh: DeviceMesh) -> Groups:
-    """Gives the groups of a mesh, made when the mesh is new here. Then collective.
+    """Gives the groups of a mesh. They are made at the first call, which is collective.
 
     Raises:
         ValueError: the mesh is not 1-D or 2-D over all ranks in natural order.

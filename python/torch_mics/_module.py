@@ -65,7 +65,7 @@ class MiCSModule(FSDPModule):
 
     def _resolve(self, field: str, resolve: _Resolve, asked: object, *, recurse: bool) -> None:
         units = self._units(recurse=recurse)
-        # All before any: what is refused changes nothing.
+        # All are resolved before one is set: a call that is refused changes nothing.
         found = [resolve(asked, unit.groups.topology, unit.variant) for unit in units]
         for unit, value in zip(units, found, strict=True):
             setattr(unit.settings, field, value)
@@ -75,9 +75,9 @@ class MiCSModule(FSDPModule):
         return _FORWARD_ADAPTER
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """Moves or casts the parameters; the shard is laid out again around the results."""
+        """Moves or casts the parameters, and lays out the shard again around them."""
         release(self._units())
-        # FSDPModule's own _apply works on its state, which is not there.
+        # _apply of FSDPModule needs the state of FSDP2, which these modules do not have.
         result = super(FSDPModule, self)._apply(fn, recurse)  # type: ignore[misc]
         for unit in self._unit.all:
             unit.repack()
@@ -275,7 +275,7 @@ class MiCSModule(FSDPModule):
         for context in self._contexts():
             context.engine.reset()
             if context.flight_log is not None:
-                context.flight_log.begin_incident()  # so that the next failure is reported
+                context.flight_log.begin_incident()  # the next failure is reported again
 
     def release_memory(self) -> None:
         """Frees the runtime's working memory until the next forward; see torch_mics.memory().

@@ -1,7 +1,7 @@
 """What the library sees of optimizer steps.
 
-A step that would silently train something else than the model is refused; after a step what was gathered
-from the old weights is old.
+A step that would silently train something else than the model is refused. After a step the parameters that
+were gathered before it are stale.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def install_optimizer_checks() -> None:
 
 @contextlib.contextmanager
 def ignoring_steps_of(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """For steps that only make the optimizer's state."""
+    """Leaves alone the steps inside, which only make the optimizer's state."""
     optimizer.__dict__["_mics_is_ignored"] = True
     try:
         yield
@@ -56,7 +56,7 @@ def _before_step(
 
     @functools.wraps(closure)
     def checked() -> Any:
-        # The last micro-step may run in here; what it leaves is what the step uses.
+        # The last micro-step may run in the closure, so its gradients are checked after it.
         value = closure()
         _check_accumulation(optimizer)
         return value
@@ -101,7 +101,7 @@ def _why_unfinished(unit: ShardedUnit) -> str:
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """The kernels of an optimizer need not move a version counter."""
+    """Says which units were written: an optimizer's kernels need not increase a version counter."""
     if "_mics_is_ignored" in optimizer.__dict__:
         return
     written: dict[_C.Engine, list[int]] = {}
@@ -120,7 +120,7 @@ def units_of_optimizer(optimizer: torch.optim.Optimizer) -> list[ShardedUnit]:
         units = (reference() for reference in cached[1])
         return [unit for unit in units if unit is not None]
     found = _check_parameters(parameters)
-    if found:  # an optimizer without units may get stale by a later sharding
+    if found:  # what holds no unit now may hold unsharded parameters later
         references = [weakref.ref(unit) for unit in found]
         optimizer.__dict__["_mics_units"] = (len(parameters), references)
     return found

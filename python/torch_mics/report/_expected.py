@@ -1,4 +1,4 @@
-"""What a sharded model's steps should move, by communicator and tier: the formulas on its own units."""
+"""The bytes that steps of a sharded model should move, by communicator and tier."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Bytes = dict[tuple[str, str], int]  # by communicator and tier
 
 @dataclasses.dataclass(frozen=True)
 class StepShape:
-    """How a step was made of backwards."""
+    """Of how many backwards a step consists."""
 
     num_microsteps: int
     num_boundaries: int  # of them, those that synchronised the replicas
@@ -69,7 +69,7 @@ def _from_same_node(
 
 
 def counted_bytes(context: Context) -> Bytes:
-    """Gives the same of the counters, since the communicators were made."""
+    """Gives the bytes that were counted since the communicators were made."""
     counters = traffic_of(context.all_communicators())
     return {
         (name, tier): counters[name][f"received_{tier}_nbytes"] if name in counters else 0
@@ -79,7 +79,7 @@ def counted_bytes(context: Context) -> Bytes:
 
 
 def unit_size(unit: ShardedUnit) -> _C.UnitSize:
-    """The lengths and element sizes of a unit on the wire; sums over replicas are at least in fp32."""
+    """Gives numbers and sizes of the elements that a unit sends; replicas sum in fp32 at least."""
     layout, trainable = unit.layout(), unit.gradient_layout()
     return _C.UnitSize(
         shard_numel=layout.shard_numel,
@@ -93,7 +93,7 @@ def unit_size(unit: ShardedUnit) -> _C.UnitSize:
 
 
 def residency_of(unit: ShardedUnit) -> _C.ResidencySettings:
-    """How a unit rests, with what amounts to it: gradients kept full, no gather in backward."""
+    """Gives the residency that costs the bytes of this unit; accumulate="local" keeps full gradients."""
     assert unit.handle is not None
     settings = unit.handle.settings
     residency = _C.ResidencySettings(
@@ -113,7 +113,7 @@ def _step_bytes(unit: ShardedUnit, shape: StepShape) -> _C.StepBytes:
     residency = residency_of(unit)
     hops = _C.count_hops(residency, shape.num_microsteps, topology.replication_size)
     hops.replicate *= shape.num_boundaries
-    # The formula has one boundary; what waits for it is reduced at each.
+    # The formula assumes one boundary. What is accumulated is reduced at each of them.
     if residency.gradient_accumulation == _C.Residency.FULL:
         hops.reduce_intra = shape.num_boundaries
     if residency.gradient_accumulation != _C.Residency.SHARD:

@@ -45,27 +45,12 @@ def memory(model: nn.Module) -> dict[str, int]:
     return totals
 
 
-class _Memory(dict[str, int]):
-    """Bytes by part, with the names that parts had before."""
-
-    def __missing__(self, part: str) -> int:
-        if part != "beside the plan":
-            raise KeyError(part)
-        warnings.warn(
-            'mics.memory(model)["beside the plan"] is now ["unplanned"]; the old key goes with the '
-            "next version.",
-            FutureWarning,
-            stacklevel=2,
-        )
-        return self["unplanned"]
-
-
 def exposed(model: nn.Module) -> dict[str, dict[str, float]]:
     """Gives the seconds that this rank's training thread has waited for communication, by unit.
 
-    By name of the unit: "gather" and "reduce", since the first forward: communication that compute has not
-    hidden, including waits for slower ranks. On CPUs; a device's own waits are not seen. torch.profiler
-    shows the same waits as ranges "torch_mics: ...". Empty before the first forward.
+    By name of the unit: "gather" and "reduce", since the first forward. This is exposed communication, with
+    the time that slower ranks cost. On CPUs only: a device's own waits are not measured. The ranges
+    "torch_mics: ..." of torch.profiler are the same waits. Empty before the first forward.
     """
     return {
         unit.name: {
@@ -78,7 +63,7 @@ def exposed(model: nn.Module) -> dict[str, dict[str, float]]:
 
 
 def _contexts(model: nn.Module, caller: str) -> list[Context]:
-    """Those of the units below `model`; that of the model itself, made now, where there is none."""
+    """Gives the contexts of the units at and below `model`, or makes the one of `model`."""
     module = sharded_module(model, caller)
     found = contexts_of(units_of(module))
     if found:

@@ -128,7 +128,7 @@ def _byte_rows(observed: Observed) -> Iterator[Row]:
 
 
 class _Run:
-    """The run as the models see it."""
+    """The run in the terms of the memory and time models."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class _Run:
         self._settings = self._make_settings()
 
     def _make_settings(self) -> _C.StepSettings:
-        """The settings that run: those of the largest unit stand for all."""
+        """Gives the settings of the run; those of the largest unit stand for all."""
         largest = max(self._units, key=_numel)
         topology, settings = self._topology, _C.StepSettings()
         settings.world_size = topology.world_size
@@ -156,7 +156,7 @@ class _Run:
         settings.parameter_nbytes = largest.parameter_dtype.itemsize
         settings.gradient_nbytes = largest.reduce_dtype.itemsize
         settings.replicate_nbytes = max(4, largest.reduce_dtype.itemsize)
-        # As Groups.streams(): elsewhere every collective runs where it is issued.
+        # As Groups.streams(): without threads a collective runs where it is issued.
         settings.overlap = (
             os.environ.get("MICS_STREAMS", "threads") == "threads"
             and largest.shard.device.type == "cpu"
@@ -206,7 +206,7 @@ class _Run:
             peak = torch.cuda.max_memory_allocated(device)
             yield _memory_row("peak memory, allocated", predicted["peak"], peak)
         else:
-            # The process's, with libraries, data and activations: the model does not predict it.
+            # Of the process, with libraries, data and activations, which the model does not predict.
             kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             yield _memory_row("peak memory of the process", None, 1024 * kib)
 

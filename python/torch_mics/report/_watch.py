@@ -1,4 +1,4 @@
-"""report_after(): holds the steps of a run to the prediction, and says which term is off."""
+"""report_after(): compares the steps of a run with the prediction, and names the terms that differ."""
 
 from __future__ import annotations
 
@@ -36,9 +36,7 @@ class StepWatch:
         self._unit = sharded_unit(model, "report_after")
         self._num_steps, self._plan, self._show = num_steps, plan, show
         self._context: Context | None = None
-        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = (
-            None  # the last one of the model
-        )
+        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None  # the model's last one
         # The step at hand.
         self._microsteps = 0
         self._boundaries = 0
@@ -143,7 +141,7 @@ class StepWatch:
 def report_after(
     model: nn.Module, num_steps: int = 20, *, plan: Plan | None = None, show: bool = True
 ) -> StepWatch:
-    """Holds a run to its prediction: after `num_steps` optimizer steps rank 0 prints a report.
+    """Compares a run with its prediction: after `num_steps` optimizer steps rank 0 prints a report.
 
     Bytes are compared exactly, by communicator and tier, in each step from the second on that has only
     forwards with a backward. States and working memory are compared with the memory model. With `plan`,
