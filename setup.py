@@ -22,7 +22,7 @@ BUILD_TREE = ROOT / ".build" / "python"  # kept, so that the next build is incre
 SETUPTOOLS_TREE = ROOT / ".build" / "setuptools"
 
 EXTRAS = {
-    "plan": ["rich", "matplotlib"],
+    "plan": ["rich", "matplotlib", "scipy"],
     "examples": ["jsonargparse", "rich", "tokenizers", "matplotlib"],
     "hf": ["safetensors", "transformers"],
     "peers": ["deepspeed==0.18.9"],  # of benchmarks/train_bench; the last with MiCS
@@ -33,6 +33,7 @@ EXTRAS = {
         "hypothesis",
         "ruff",
         "mypy",
+        "scipy",
         "clang-format==23.1.3",
         "safetensors",
         "transformers",
@@ -137,8 +138,9 @@ if __name__ == "__main__":
         package_data={
             "torch_mics": ["py.typed", "*.pyi"],
             "torch_mics.planner": ["data/*.json", "data/calibrations/*.json"],
+            "torch_mics.published": ["data/*.json"],
         },
-        entry_points={"console_scripts": ["torch_mics = torch_mics.planner._cli:main"]},
+        entry_points={"console_scripts": ["torch_mics = torch_mics.cli:main"]},
         ext_modules=[Extension("torch_mics._C", sources=[])],
         cmdclass={"build_ext": CMakeBuild},
         options={"build": {"build_base": str(SETUPTOOLS_TREE.relative_to(ROOT))}},

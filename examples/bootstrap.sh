@@ -202,14 +202,17 @@ is_editable_install() { # is the torch_mics that $PYTHON sees an install of this
 import os
 import re
 import sys
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from importlib.util import find_spec
 
 found = find_spec("torch_mics").origin
 here = sys.argv[1]
 text = open(os.path.join(here, "torch_mics", "_version.py")).read()
 same_version = f'"{version("torch-mics")}"' in re.findall(r'= (".*")', text)
-sys.exit(not (os.path.realpath(found).startswith(os.path.realpath(here) + os.sep) and same_version))
+setup_py = open(os.path.join(here, "..", "setup.py")).read()
+same_script = all(script.value in setup_py for script in entry_points(name="torch_mics"))
+is_here = os.path.realpath(found).startswith(os.path.realpath(here) + os.sep)
+sys.exit(not (is_here and same_version and same_script))
 PYTHON
 }
 

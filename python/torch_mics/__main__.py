@@ -2,7 +2,7 @@
 
 import sys
 
-from torch_mics.planner._cli import main
+from torch_mics.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

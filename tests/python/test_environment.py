@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import torch_mics
-from torch_mics.planner._cli import main
+from torch_mics.cli import main
 
 
 def test_env_as_json_has_versions_and_variables(

@@ -11,12 +11,12 @@ from support.ranks import run_ranks
 
 import torch_mics as mics
 from torch_mics import _C
+from torch_mics.cli import main
 from torch_mics.planner._calibrate import calibrate
 from torch_mics.planner._calibration import Calibration
-from torch_mics.planner._cli import main
 from torch_mics.planner._measure import Measurement
+from torch_mics.planner._models import published_model
 from torch_mics.planner._nccl_tests import parse_json, parse_text
-from torch_mics.planner._published import published_model
 
 TRUE = _C.Machine(
     ranks_per_node=8,

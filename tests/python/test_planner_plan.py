@@ -17,10 +17,10 @@ from torch import nn
 
 import torch_mics as mics
 from torch_mics import _C
-from torch_mics._unit import units_of
+from torch_mics._context import units_of
+from torch_mics.cli import main
 from torch_mics.planner._calibration import dump_calibration
-from torch_mics.planner._cli import main
-from torch_mics.planner._published import published_model
+from torch_mics.planner._models import published_model
 from torch_mics.planner._report import explanation, plan_json, verdict
 from torch_mics.planner._workload import module_workload
 

@@ -10,9 +10,8 @@ import pytest
 
 import torch_mics as mics
 from torch_mics import _C
-from torch_mics.planner._announcement import strong_scaling, weak_scaling
-from torch_mics.planner._cli import main
-from torch_mics.planner._published import published_model, published_runs
+from torch_mics.cli import main
+from torch_mics.planner._models import published_model
 from torch_mics.planner._scaling import SCALINGS, SYSTEMS, Point, curve, gpu_counts
 
 SIMULATE_10B = ["simulate", "--model", "bert_10b", "--instance", "p3dn", "--gpus", "64"]
@@ -149,47 +148,6 @@ def test_every_instance_type_can_be_simulated(instance: str) -> None:
     assert 0.5 < points[-1].efficiency <= 1.01
     zero3 = curve(plan, "weak", "ZeRO-3", gpu_counts(plan))[-1]
     assert zero3.time.is_extrapolated == ("flat" in plan.calibration.tables)
-
-
-# --- the announcement -----------------------------------------------------------------------------
-
-
-def test_figures_of_the_announcement_are_written(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    assert main(["simulate", "--announcement", str(tmp_path / "figures")]) == 0
-    paths = [Path(line) for line in capsys.readouterr().out.splitlines()]
-    assert [path.name for path in paths] == ["strong.png", "weak.png", "announcement.csv"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths[:2])
-    rows = list(csv.DictReader(paths[2].open()))
-    assert {row["figure"] for row in rows} == {"strong", "weak"}
-
-
-def test_strong_figure_has_the_published_points_of_bert() -> None:
-    samples = strong_scaling()
-    wanted = [r.samples_per_s for r in published_runs() if r.figure in ("7a", "7b", "7c", "7d")]
-    assert [s.published for s in samples] == wanted
-    found = {(s.panel, s.system, s.gpus): s for s in samples}
-    # "Up to 2.82 times DeepSpeed": BERT 15B on 128 GPUs.
-    mics_15b, zero3_15b = (
-        found["bert_15b", system, 128] for system in ("MiCS", "DeepSpeed ZeRO-3")
-    )
-    assert mics_15b.published is not None
-    assert zero3_15b.published is not None
-    assert mics_15b.published / zero3_15b.published == pytest.approx(2.82, abs=0.005)
-    assert mics_15b.predicted / zero3_15b.predicted == pytest.approx(2.82, rel=0.15)
-
-
-def test_weak_figure_meets_mics_and_misses_zero3_as_said() -> None:
-    found = {(s.panel, s.system, s.gpus): s for s in weak_scaling()}
-    at_512 = found["100B on p4d", "MiCS", 512]
-    assert at_512.published == 170
-    assert at_512.predicted == pytest.approx(170, rel=0.12)
-    zero3 = found["100B on p4d", "DeepSpeed ZeRO-3", 512]
-    assert zero3.published == 62
-    assert zero3.predicted > 1.3 * 62
-    assert found["175B on p4de", "MiCS", 128].published == 169
-    assert found["100B on p4d", "MiCS", 256].published is None
 
 
 # --- bad input ------------------------------------------------------------------------------------

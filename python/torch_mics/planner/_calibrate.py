@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Sequence
 
 from torch_mics import _C
 from torch_mics.planner._calibration import TABLES, Calibration, Table, Value
+from torch_mics.planner._extras import extra
 from torch_mics.planner._measure import Measurement
 from torch_mics.planner._tables import Table as TextTable
 from torch_mics.planner._tables import percent
@@ -114,58 +114,22 @@ def _inter_row(m: Measurement, k: int) -> tuple[float, ...]:
 
 
 def _fit(rows: Sequence[tuple[float, tuple[float, ...]]]) -> tuple[float, ...]:
-    """Least squares of relative errors without negative numbers, and with the last above 0.
+    """Least squares of relative errors without negative numbers, and with the last above 0."""
+    with extra("fits need scipy"):
+        import numpy as np
+        from scipy.optimize import nnls
 
-    There are few unknowns: every set of them is solved, and the best solution without a negative is it.
-    """
-    size = len(rows[0][1])
-    scaled = [(1.0, [x / max(t, 1e-12) for x in row]) for t, row in rows if t > 0]
-    best, best_loss = [0.0] * size, float("inf")
-    for count in range(size):
-        # More unknowns later, and they must be better to be taken.
-        for others in itertools.combinations(reversed(range(size - 1)), count):
-            chosen = [*sorted(others), size - 1]
-            solved = _solve(
-                [[sum(r[i] * r[j] for _, r in scaled) for j in chosen] for i in chosen],
-                [sum(t * r[i] for t, r in scaled) for i in chosen],
-            )
-            if solved is None or min(solved) < 0 or solved[-1] <= 0:
-                continue
-            tried = [0.0] * size
-            for i, value in zip(chosen, solved, strict=True):
-                tried[i] = value
-            loss = sum(
-                (t - sum(a * b for a, b in zip(r, tried, strict=True))) ** 2 for t, r in scaled
-            )
-            if loss < best_loss * (1 - 1e-9):
-                best, best_loss = tried, loss
-    return tuple(best)
-
-
-def _solve(matrix: list[list[float]], right: list[float]) -> list[float] | None:
-    """Gauss with pivots, on rows scaled to 1 in the diagonal; None when it has no one solution."""
-    size = len(right)
-    scales = [matrix[i][i] ** 0.5 for i in range(size)]
-    if min(scales) == 0:
-        return None
-    work = [
-        [matrix[i][j] / scales[i] / scales[j] for j in range(size)] + [right[i] / scales[i]]
-        for i in range(size)
-    ]
-    for column in range(size):
-        pivot = max(range(column, size), key=lambda row: abs(work[row][column]))
-        if abs(work[pivot][column]) < 1e-9:
-            return None
-        work[column], work[pivot] = work[pivot], work[column]
-        for row in range(column + 1, size):
-            factor = work[row][column] / work[column][column]
-            for i in range(column, size + 1):
-                work[row][i] -= factor * work[column][i]
-    solved = [0.0] * size
-    for i in reversed(range(size)):
-        rest = sum(work[i][j] * solved[j] for j in range(i + 1, size))
-        solved[i] = (work[i][size] - rest) / work[i][i]
-    return [x / scale for x, scale in zip(solved, scales, strict=True)]
+    scaled = np.array([[x / max(t, 1e-12) for x in row] for t, row in rows if t > 0])
+    norms = np.linalg.norm(scaled, axis=0)
+    norms[norms == 0] = 1.0  # what no collective depends on becomes 0
+    # Where the data cannot tell two numbers apart, the later one is taken: latency per node, no launch.
+    norms /= 1 + 1e-6 * np.arange(len(norms))
+    ones = np.ones(len(scaled))
+    found, _ = nnls(scaled / norms, ones)
+    if found[-1] == 0:  # time does not grow with bytes: bandwidth alone explains it
+        found = np.zeros_like(found)
+        found[-1:], _ = nnls(scaled[:, -1:] / norms[-1:], ones)
+    return tuple(map(float, found / norms))
 
 
 def measured_table(calibration: Calibration, base: Calibration) -> TextTable:

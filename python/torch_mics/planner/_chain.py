@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch_mics import _C
 from torch_mics.planner._calibration import Calibration
-from torch_mics.planner._published import FLAT, HIERARCHICAL
 
 
 def chain_seconds(
@@ -48,7 +47,7 @@ def chain_seconds(
     cluster.peak_flops = cluster.efficiency = 1.0
     cluster.contention = _C.Contention()
     spans = shard_size > calibration["ranks_per_node"]
-    variant = HIERARCHICAL if hierarchical and spans else FLAT
+    variant = _C.Variant.HIERARCHICAL if hierarchical and spans else _C.Variant.FLAT
     settings = _C.StepSettings(
         world_size=world_size,
         partition_size=shard_size,

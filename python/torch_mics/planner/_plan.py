@@ -12,8 +12,7 @@ from torch_mics import _C
 from torch_mics._find_units import Units
 from torch_mics._settings import reshard_argument
 from torch_mics.planner._calibration import Calibration, load_calibration, shipped_instances
-from torch_mics.planner._published import tflops
-from torch_mics.planner._workload import module_workload
+from torch_mics.planner._workload import module_workload, tflops
 
 Size = tuple[int, _C.Variant]
 _MOST_RANKS = 16384  # that are tried when nothing fits

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch_mics import _C
+from torch_mics.planner._extras import extra
 from torch_mics.planner._plan import Plan, size_of
 from torch_mics.planner._tables import Table, percent
 
@@ -211,10 +212,6 @@ def use_log_scale(axes: Any) -> None:
 
 def new_figure(width: float, height: float) -> Any:
     """Makes a figure of matplotlib that needs no display."""
-    try:
+    with extra("plots need matplotlib"):
         from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            'plots need matplotlib: got no module of that name. Run pip install "torch-mics[plan]".'
-        ) from error
     return Figure(figsize=(width, height), layout="constrained", dpi=120)

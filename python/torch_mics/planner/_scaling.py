@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch_mics import _C
 from torch_mics.planner._plan import Plan
-from torch_mics.planner._published import FLAT, tflops
+from torch_mics.planner._workload import tflops
 
 Scaling = Literal["weak", "strong"]
 SCALINGS: tuple[Scaling, ...] = ("weak", "strong")
@@ -50,14 +50,14 @@ def _mics(settings: _C.StepSettings, planned: int) -> None:
 
 def _hsdp(settings: _C.StepSettings, planned: int) -> None:
     settings.partition_size = planned
-    settings.gather = settings.reduce = FLAT
+    settings.gather = settings.reduce = _C.Variant.FLAT
     settings.residency = _SHARDS_ONLY
     settings.sync = _C.GradientSync.REPLICATE_EACH
 
 
 def _zero3(settings: _C.StepSettings, planned: int) -> None:
     settings.partition_size = settings.world_size
-    settings.gather = settings.reduce = FLAT
+    settings.gather = settings.reduce = _C.Variant.FLAT
     settings.residency = _SHARDS_ONLY
 
 

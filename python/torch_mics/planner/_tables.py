@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
+from torch_mics.planner._extras import extra
+
 _PROSE = 30  # longer cells are sentences, and may be wrapped
 
 
@@ -29,14 +31,10 @@ class Table:
         Raises:
             ModuleNotFoundError: rich is not installed.
         """
-        try:
+        with extra("tables need rich"):
             from rich import box
             from rich.console import Console
             from rich.table import Table as RichTable
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                'tables need rich: got no module of that name. Run pip install "torch-mics[plan]".'
-            ) from error
         table = RichTable(title=self.title, box=box.SIMPLE_HEAD, title_justify="left")
         for index, column in enumerate(self.columns):
             longest = max((len(row[index]) for row in self.rows), default=0)

@@ -72,6 +72,12 @@ def module_workload(
     )
 
 
+def tflops(workload: _C.Workload, settings: _C.StepSettings, seconds: float) -> float:
+    """FLOP per second and rank, in units of 1e12, recomputation counted as the papers do."""
+    samples = settings.micro_batch * settings.num_microsteps
+    return workload.flops(recompute=settings.recompute) * samples / seconds / 1e12
+
+
 def _find(model: nn.Module, units: Units) -> list[_Unit]:
     """Units in the order of their modules; the root has what no unit below it has."""
     names = {id(module): name for name, module in model.named_modules()}

@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch_mics.planner._announcement import write_announcement
-from torch_mics.planner._cli_model import add_model, add_search, plan_of
+from torch_mics.cli._model import add_model, add_search, plan_of
 from torch_mics.planner._report import verdict
 from torch_mics.planner._scaling import MOST_GPUS, SCALINGS, SYSTEMS, Point, curve, gpu_counts
 from torch_mics.planner._scaling_report import plot_scaling, scaling_table, write_csv
+from torch_mics.published import write_announcement
 
 
 def add_simulate(commands: Any) -> None:

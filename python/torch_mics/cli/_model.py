@@ -13,15 +13,15 @@ from torch import nn
 
 from torch_mics import _C
 from torch_mics.planner._calibration import shipped_instances
+from torch_mics.planner._models import published_model, published_shapes
 from torch_mics.planner._plan import Plan, plan
-from torch_mics.planner._published import published, published_model
 from torch_mics.planner._workload import module_workload
 
 
 def add_model(command: argparse.ArgumentParser) -> Any:
     """Adds the model; gives the group of its options, of which one must be there."""
     model = command.add_mutually_exclusive_group(required=True)
-    model.add_argument("--model", help=f"a published one: {', '.join(published()['models'])}")
+    model.add_argument("--model", help=f"a published one: {', '.join(published_shapes())}")
     model.add_argument(
         "--gpt", metavar="SHAPE", help="LAYERSxHIDDEN[xHEADS], as 96x12288x96: MLP of 4, tied head"
     )

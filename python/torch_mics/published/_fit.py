@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 
 from torch_mics.planner._calibration import Calibration
-from torch_mics.planner._published import Run, predict_run, published_runs
+from torch_mics.planner._extras import extra
+from torch_mics.published._runs import Run, predict_run, published_runs
 
 # A hop over nodes starts in three quarters of the time of a flat collective. Not among the fitted
 # numbers, and not known from elsewhere: chosen with the hierarchical runs in sight (docs/accuracy.md).
 RAIL_LAUNCH_SHARE = 0.75
 
-_RUNS = 4  # restarts of the search from where it ended
+# Far below the digits that are printed, so that these are the same on every machine.
+_TOLERANCES = {"xtol": 1e-12, "ftol": 1e-12, "gtol": 1e-12}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,59 +80,24 @@ def with_numbers(calibration: Calibration, fit: Fit, numbers: dict[str, float]) 
 
 
 def fit_calibration(calibration: Calibration, fit: Fit) -> Calibration:
-    """Fits by least squares of the relative errors of the time; other numbers stay as they are."""
+    """Fits by least squares of the relative errors of the time; other numbers stay as they are.
+
+    Raises:
+        ModuleNotFoundError: scipy is not installed.
+    """
+    with extra("fits need scipy"):
+        from scipy.optimize import least_squares
+
     runs = [run for run in published_runs() if fit.is_point(run)]
-    names = list(fit.start)
 
     def place(scaled: Sequence[float]) -> Calibration:
-        numbers = {n: max(x, 1e-9) * fit.start[n] for n, x in zip(names, scaled, strict=True)}
-        for name in names:
-            if name.startswith("efficiency"):
-                numbers[name] = min(numbers[name], 1.0)
+        numbers = {n: float(x) * fit.start[n] for n, x in zip(fit.start, scaled, strict=True)}
         return with_numbers(calibration, fit, numbers)
 
-    def loss(scaled: Sequence[float]) -> float:
+    def errors(scaled: Sequence[float]) -> list[float]:
         tried = place(scaled)
-        return sum((predict_run(run, tried) / run.seconds - 1) ** 2 for run in runs)
+        return [predict_run(run, tried) / run.seconds - 1 for run in runs]
 
-    best = [1.0] * len(names)
-    for _ in range(_RUNS):
-        best = minimize(loss, best)
-    return place(best)
-
-
-def minimize(
-    loss: Callable[[Sequence[float]], float], start: Sequence[float], steps: int = 250
-) -> list[float]:
-    """Nelder and Mead's simplex search: reflect, expand, contract or shrink."""
-    size = len(start)
-    corners = [list(start)]
-    corners += [[x * (1.1 if i == j else 1) for j, x in enumerate(start)] for i in range(size)]
-    simplex = sorted((loss(corner), corner) for corner in corners)
-    for _ in range(steps):
-        centre = [sum(corner[j] for _, corner in simplex[:-1]) / size for j in range(size)]
-        worst_value, worst = simplex[-1]
-
-        def towards(
-            share: float, centre: list[float] = centre, worst: list[float] = worst
-        ) -> tuple[float, list[float]]:
-            point = [c + share * (w - c) for c, w in zip(centre, worst, strict=True)]
-            return loss(point), point
-
-        reflected = towards(-1)
-        if reflected[0] < simplex[0][0]:
-            simplex[-1] = min(reflected, towards(-2))
-        elif reflected[0] < simplex[-2][0]:
-            simplex[-1] = reflected
-        else:
-            contracted = towards(0.5)
-            if contracted[0] < worst_value:
-                simplex[-1] = contracted
-            else:
-                best = simplex[0][1]
-                shrunk = [
-                    [(a + b) / 2 for a, b in zip(c, best, strict=True)] for _, c in simplex[1:]
-                ]
-                simplex[1:] = [(loss(corner), corner) for corner in shrunk]
-        simplex.sort()
-    return simplex[0][1]
+    most = [1 / x if n.startswith("efficiency") else math.inf for n, x in fit.start.items()]
+    found = least_squares(errors, [1.0] * len(most), bounds=(1e-9, most), **_TOLERANCES)
+    return place(found.x)

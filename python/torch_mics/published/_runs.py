@@ -1,4 +1,4 @@
-"""Published runs, and what the models say of them."""
+"""The published runs, and the seconds that the time model predicts for each."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 from torch_mics import _C
 from torch_mics.planner._calibration import Calibration
+from torch_mics.planner._models import published_model
+from torch_mics.planner._workload import tflops
 
 GLOBAL_BATCH = 8192  # samples per step of the runs in the paper
 _ZERO2_BUCKET_NUMEL = 5e8  # DeepSpeed's default; its gradients do not go layer by layer
@@ -40,7 +42,7 @@ class Run:
 @cache
 def published() -> dict[str, Any]:
     """Gives the package's published.json."""
-    file = resources.files("torch_mics.planner") / "data" / "published.json"
+    file = resources.files("torch_mics.published") / "data" / "published.json"
     result: dict[str, Any] = json.loads(file.read_text())
     return result
 
@@ -49,25 +51,6 @@ def published() -> dict[str, Any]:
 def published_runs() -> tuple[Run, ...]:
     """Gives the published throughputs, in the order of the figures."""
     return tuple(Run(**run) for run in published()["runs"])
-
-
-@cache
-def published_shapes() -> dict[str, _C.TransformerShape]:
-    """Gives the shapes of the published models by name."""
-    return {name: _C.TransformerShape(**shape) for name, shape in published()["models"].items()}
-
-
-@cache
-def published_model(name: str) -> _C.Workload:
-    """Gives a published model's workload.
-
-    Raises:
-        ValueError: no such model.
-    """
-    shapes = published_shapes()
-    if name not in shapes:
-        raise ValueError(f"a model must be a published one: got {name!r}. Use {', '.join(shapes)}.")
-    return _C.transformer_workload(shapes[name])
 
 
 def in_buckets(workload: _C.Workload, numel: float) -> _C.Workload:
@@ -120,7 +103,10 @@ def predict_run(run: Run, calibration: Calibration) -> float:
     return time.total / settings.num_microsteps
 
 
-def tflops(workload: _C.Workload, settings: _C.StepSettings, seconds: float) -> float:
-    """FLOP per second and rank, in units of 1e12, recomputation counted as the papers do."""
-    samples = settings.micro_batch * settings.num_microsteps
-    return workload.flops(recompute=settings.recompute) * samples / seconds / 1e12
+def predict_step(
+    model: str, calibration: Calibration, settings: _C.StepSettings
+) -> tuple[float, float]:
+    """Predicts the seconds of a step of a published model, and TFLOP/s per rank."""
+    workload = published_model(model)
+    time = _C.step_time(workload, calibration.cluster(workload.width), settings)
+    return time.total, tflops(workload, settings, time.total)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 from torch_mics.planner._calibration import Calibration, load_calibration
-from torch_mics.planner._claims import Claim, all_claims
-from torch_mics.planner._fit import FITS, Fit, fit_calibration
-from torch_mics.planner._published import Run, predict_run, published_runs
 from torch_mics.planner._tables import Table, percent
+from torch_mics.published._claims import Claim, all_claims
+from torch_mics.published._fit import FITS, Fit, fit_calibration
+from torch_mics.published._runs import Run, predict_run, published_runs
 
 _FITTED, _LEFT_OUT = "fitted", "left out"
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from torch_mics.planner._fit import RAIL_LAUNCH_SHARE
-from torch_mics.planner._validate import Validation
+from torch_mics.published._fit import RAIL_LAUNCH_SHARE
+from torch_mics.published._validate import Validation
 
 _TOP = """# Accuracy of the planner
 

@@ -14,16 +14,15 @@ from pathlib import Path
 
 from torch_mics import _C
 from torch_mics.planner._calibration import Calibration, load_calibration
-from torch_mics.planner._published import (
+from torch_mics.planner._report import new_figure, use_log_scale
+from torch_mics.published._runs import (
     FLAT,
     HIERARCHICAL,
     predict_run,
+    predict_step,
     published,
-    published_model,
     published_runs,
-    tflops,
 )
-from torch_mics.planner._report import new_figure, use_log_scale
 
 _NAMES = {
     "mics": "MiCS",
@@ -89,7 +88,7 @@ def rate_of_100b(p4d: Calibration, gpus: int, *, is_mics: bool) -> float:
         gather=HIERARCHICAL if is_mics else FLAT,
         overlap=is_mics,
     )
-    return _rate("mics_100b_assumed", p4d, settings)
+    return predict_step("mics_100b_assumed", p4d, settings)[1]
 
 
 def rate_of_175b(p4de: Calibration) -> float:
@@ -102,13 +101,7 @@ def rate_of_175b(p4de: Calibration) -> float:
         recompute=True,
         gather=HIERARCHICAL,
     )
-    return _rate("gpt3_175b", p4de, settings)
-
-
-def _rate(model: str, calibration: Calibration, settings: _C.StepSettings) -> float:
-    workload = published_model(model)
-    time = _C.step_time(workload, calibration.cluster(workload.width), settings)
-    return tflops(workload, settings, time.total)
+    return predict_step("gpt3_175b", p4de, settings)[1]
 
 
 def write_announcement(folder: Path) -> list[Path]:

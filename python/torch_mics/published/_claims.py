@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 
 from torch_mics import _C
-from torch_mics.planner._announcement import rate_of_100b, rate_of_175b
 from torch_mics.planner._calibration import Calibration
-from torch_mics.planner._published import (
+from torch_mics.planner._models import published_model
+from torch_mics.published._announcement import rate_of_100b, rate_of_175b
+from torch_mics.published._runs import (
     FLAT,
     HIERARCHICAL,
     Run,
     predict_run,
+    predict_step,
     published,
-    published_model,
     published_runs,
-    tflops,
 )
 
 
@@ -102,13 +102,6 @@ def _two_hop_gain(p3dn: Calibration) -> Claim:
     )
 
 
-def _step(model: str, calibration: Calibration, settings: _C.StepSettings) -> tuple[float, float]:
-    """Gives seconds of a step and TFLOP/s per rank."""
-    workload = published_model(model)
-    time = _C.step_time(workload, calibration.cluster(workload.width), settings)
-    return time.total, tflops(workload, settings, time.total)
-
-
 def _weak_scaling(p4d: Calibration) -> list[Claim]:
     at_128, at_512 = (rate_of_100b(p4d, gpus, is_mics=True) for gpus in (128, 512))
     zero3_128, zero3_512 = (rate_of_100b(p4d, gpus, is_mics=False) for gpus in (128, 512))
@@ -165,7 +158,7 @@ def _bloomberg(p4d: Calibration) -> Claim:
         recompute=True,
         gather=HIERARCHICAL,
     )
-    seconds = _step("bloomberggpt", p4d, settings)[0]
+    seconds = predict_step("bloomberggpt", p4d, settings)[0]
     return Claim(
         "BloombergGPT 50.6B on 512 A100, p = 128 (assumed: micro-batch 1), seconds per step",
         "32.5",
@@ -192,7 +185,7 @@ def _amsp(p4d: Calibration) -> Claim:
             overlap=overlap,
             overlap_replicate=overlap,
         )
-        seconds, rate = _step("llama_7b", a800, settings)
+        seconds, rate = predict_step("llama_7b", a800, settings)
         return 100 * rate * 1e12 / a800["peak"] if seconds else 0
 
     as_run, overlapped = mfu(8, False), mfu(8, True)

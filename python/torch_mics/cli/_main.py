@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from torch_mics._environment import environment
-from torch_mics.planner._cli_calibrate import add_calibrate
-from torch_mics.planner._cli_model import add_model, add_search, plan_of
-from torch_mics.planner._cli_simulate import add_simulate
-from torch_mics.planner._page import accuracy_page
+from torch_mics.cli._calibrate import add_calibrate
+from torch_mics.cli._model import add_model, add_search, plan_of
+from torch_mics.cli._simulate import add_simulate
 from torch_mics.planner._report import (
     explanation,
     plan_json,
@@ -21,7 +20,7 @@ from torch_mics.planner._report import (
     ranking_table,
     verdict,
 )
-from torch_mics.planner._validate import validate
+from torch_mics.published import accuracy_page, validate
 
 
 def build_parser() -> argparse.ArgumentParser:
