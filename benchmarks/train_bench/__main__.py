@@ -40,15 +40,17 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from contest import Contest, Record, one_process
+from contestant import Contestant, Setting
 from models import Shape, Transformer, VirtualModel, batch
 from rich.console import Console
 from rich.table import Table
-from strategies import Contestant, Setting, check_name, make_contestant
+from strategies import check_name, make_contestant
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -174,11 +176,10 @@ class Task:
         numel = int(self._arguments.layer_mb * 1e6 / 4)
         return VirtualModel(self._arguments.layers, numel, seconds)
 
-    def optimizer(self, contestant: nn.Module, is_ours: bool) -> Any:
-        optimizers = mics.optim if is_ours else torch.optim
+    def optimizer(self, model: nn.Module, optimizers: ModuleType = torch.optim) -> Any:
         if self._arguments.optimizer == "adamw":
-            return optimizers.AdamW(contestant.parameters(), lr=1e-3)
-        return optimizers.SGD(contestant.parameters(), lr=0.1)
+            return optimizers.AdamW(model.parameters(), lr=1e-3)
+        return optimizers.SGD(model.parameters(), lr=0.1)
 
     def loss(self, model: nn.Module, step: int, micro_step: int, rank: int) -> Tensor:
         if self.is_virtual:
@@ -208,7 +209,7 @@ def reference(task: Task, arguments: argparse.Namespace) -> tuple[list[float], l
     if dist.get_rank() == 0:
         model = task.model()
         steps = WARM_UPS + arguments.steps
-        optimizer = task.optimizer(model, is_ours=False)
+        optimizer = task.optimizer(model)
         found[0] = one_process(
             model, optimizer, task.loss, steps, arguments.micro_steps, dist.get_world_size()
         )
@@ -333,7 +334,7 @@ def main() -> None:
     setting = Setting(
         arguments.device,
         policy,
-        lambda model: task.optimizer(model, is_ours=False),
+        task.optimizer,
         arguments.micro_steps,
     )
     single = reference(task, arguments)
@@ -341,7 +342,7 @@ def main() -> None:
     for name in arguments.strategy:
         contestant = make_contestant(name, task.model, setting)
         if contestant.optimizer is None:
-            contestant.optimizer = task.optimizer(contestant.model, contestant.is_ours)
+            contestant.optimizer = task.optimizer(contestant.model, contestant.optimizers)
         contestants.append(contestant)
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     contest = Contest(contestants, task.loss, arguments.micro_steps, ranks_per_node)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import socket
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -11,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from strategies import Contestant
+from contestant import Contestant, first_line
 from torch import nn
 
 TOLERANCE = 1e-5  # of losses, and relative of gradient norms
@@ -30,19 +32,25 @@ class Record:
     cpu: list[float] = dataclasses.field(default_factory=list)  # of all ranks together
     counted_intra_nbytes: int = 0  # of one step, of all ranks of the node
     counted_inter_nbytes: int = 0
-    link_nbytes: float | None = None  # median of the steps; None where there is no such interface
+    link_nbytes: float | None = None  # median of the steps; None without a link: see interfaces()
     loopback_nbytes: float | None = None
     parity: str = "not checked"
     why_not: str = ""  # the message of what did not run
 
 
-def sent_nbytes(interface: str) -> int | None:
-    """What this network namespace has sent over an interface."""
-    for line in Path("/proc/self/net/dev").read_text().splitlines():
-        name, _, counters = line.partition(":")
-        if name.strip() == interface:
-            return int(counters.split()[8])
-    return None
+def interfaces() -> tuple[str | None, str]:
+    """Names the link that GLOO_SOCKET_IFNAME asks for, None if that is no link, and the loopback."""
+    loopback = socket.if_indextoname(1)  # Linux: in every network namespace
+    link = os.environ.get("GLOO_SOCKET_IFNAME")
+    return None if link == loopback else link, loopback
+
+
+def sent_nbytes() -> tuple[int | None, int | None]:
+    """What this network namespace has sent over the link and over the loopback."""
+    lines = Path("/proc/self/net/dev").read_text().splitlines()
+    counters = {name.strip(): rest.split() for name, _, rest in (x.partition(":") for x in lines)}
+    link, loopback = (int(counters[name][8]) if name in counters else None for name in interfaces())
+    return link, loopback
 
 
 def one_process(
@@ -65,11 +73,6 @@ def one_process(
         optimizer.step()
         optimizer.zero_grad()
     return losses, norms
-
-
-def first_line(error: Exception) -> str:
-    """What a record keeps of an error."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _over_ranks(values: list[float], how: Any) -> list[float]:
@@ -121,7 +124,7 @@ class Contest:
         record = self.records[contestant.name]
         counted, exposed = contestant.counted(), contestant.exposed()
         dist.barrier()
-        before = sent_nbytes("e0"), sent_nbytes("lo")
+        before = sent_nbytes()
         start, cpu_start = time.perf_counter(), time.process_time()
         total = torch.zeros((), device=self._device)
         for micro_step in range(self._micro_steps):
@@ -135,7 +138,7 @@ class Contest:
             torch.cuda.synchronize()
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu_start
         dist.barrier()
-        after = sent_nbytes("e0"), sent_nbytes("lo")
+        after = sent_nbytes()
         dist.all_reduce(total)
         record.losses.append(total.item() / dist.get_world_size() / self._micro_steps)
         if norm is not None:

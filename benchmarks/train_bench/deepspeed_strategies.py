@@ -6,15 +6,12 @@ its message and leaves the contest, so that the others go on.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from contest import first_line
-from strategies import Contestant, Setting
+from contestant import Contestant, Setting, first_line
 from torch import nn
 
 
@@ -49,17 +46,10 @@ def make_deepspeed(
     try:
         engine = _make_engine(model, shard_size, setting)
     except Exception as error:  # whatever a peer raises is what is recorded
-        return Contestant(name, model, _nothing, copies=1, why_not=first_line(error))
+        return Contestant(name, model, copies=1, why_not=first_line(error))
 
     copies = dist.get_world_size() // (shard_size or dist.get_world_size())
-    return DeepSpeedContestant(
-        name, engine, _nothing, copies=copies, may_fail=True, optimizer=engine.optimizer
-    )
-
-
-@contextlib.contextmanager
-def _nothing(is_last: bool) -> Iterator[None]:
-    yield
+    return DeepSpeedContestant(name, engine, copies, may_fail=True, optimizer=engine.optimizer)
 
 
 def _make_engine(model: nn.Module, shard_size: int | None, setting: Setting) -> Any:

@@ -9,89 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from contestant import Contestant, Setting
+from deepspeed_strategies import make_deepspeed
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import torch_mics as mics
 from torch_mics.collectives import GroupCollectives
 
-SENT = ("sent_intra_nbytes", "sent_inter_nbytes")
-
 MakeModel = Callable[[bool], nn.Module]  # (without waiting)
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """Where contestants train, and in what precision."""
-
-    device: str = "cpu"
-    policy: MixedPrecisionPolicy | None = None  # FSDP2, HSDP and ours take one
-    # For those that must know them when they are made:
-    optimizer: Callable[[nn.Module], Any] | None = None
-    micro_steps: int = 1
-
-
-@dataclasses.dataclass
-class Contestant:
-    """A model, how its micro-steps are told apart, and what is known of it."""
-
-    name: str
-    model: nn.Module
-    micro_step: Callable[[bool], contextlib.AbstractContextManager[None]]
-    copies: int  # ranks that hold the same part of the gradients
-    has_parity: bool = True  # trains as one process does
-    is_ours: bool = False
-    optimizer: Any = None
-    may_fail: bool = False  # its failure in the first step is a result
-    why_not: str = ""  # why it could not be made
-
-    def backward(self, loss: torch.Tensor, micro_steps: int) -> None:
-        """Of one micro-step."""
-        (loss / micro_steps).backward()
-
-    def step(self) -> None:
-        """Ends the step."""
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def counted(self) -> tuple[int, int]:
-        """Bytes that this rank has sent inside nodes and across, by the library's counters."""
-        if not self.is_ours:
-            return 0, 0
-        counters = mics.traffic(self.model).values()
-        return sum(c[SENT[0]] for c in counters), sum(c[SENT[1]] for c in counters)
-
-    def exposed(self) -> float:
-        """Seconds that this rank has stood still for communication, as far as it is known."""
-        if not self.is_ours:
-            return math.nan
-        return sum(u["gather"] + u["reduce"] for u in mics.exposed(self.model).values())
-
-    def gradient_norm(self) -> float:
-        """Of the whole gradient. Collective."""
-        square = torch.zeros((), dtype=torch.float64)
-        for parameter in self.model.parameters():
-            gradient = parameter.grad
-            if gradient is None:
-                continue
-            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-            square += local.detach().double().square().sum().cpu()
-        dist.all_reduce(square)
-        return math.sqrt(square.item() / self.copies)
-
-
-@contextlib.contextmanager
-def _nothing(is_last: bool) -> Iterator[None]:
-    yield
 
 
 class OurReduceScatter:
@@ -117,7 +50,7 @@ class OurReduceScatter:
 
 
 def _plain(name: str, model: nn.Module) -> Contestant:
-    return Contestant(name, model, _nothing, copies=1, has_parity=False)
+    return Contestant(name, model, copies=1, has_parity=False)
 
 
 def _ddp(name: str, model: nn.Module) -> Contestant:
@@ -126,7 +59,7 @@ def _ddp(name: str, model: nn.Module) -> Contestant:
     def micro_step(is_last: bool) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if is_last else wrapped.no_sync()
 
-    return Contestant(name, wrapped, micro_step, copies=dist.get_world_size())
+    return Contestant(name, wrapped, dist.get_world_size(), micro_step)
 
 
 def _fsdp2(
@@ -169,7 +102,7 @@ def _fsdp2(
             root.set_requires_gradient_sync(is_last)
         yield
 
-    return Contestant(name, model, micro_step, copies=world_size // shard_size)
+    return Contestant(name, model, world_size // shard_size, micro_step)
 
 
 def _is_on_meta(model: nn.Module) -> bool:
@@ -198,8 +131,25 @@ def _ours(name: str, model: nn.Module, shard_size: int, setting: Setting) -> Con
     def micro_step(is_last: bool) -> contextlib.AbstractContextManager[None]:
         return mics.microbatch(model, is_last=is_last or strategy == "ours_each")
 
-    copies = dist.get_world_size() // shard_size
-    return Contestant(name, model, micro_step, copies=copies, is_ours=True)
+    def counted() -> tuple[int, int]:
+        counters = mics.traffic(model).values()
+        inside, across = (
+            sum(c[f"sent_{tier}_nbytes"] for c in counters) for tier in ("intra", "inter")
+        )
+        return inside, across
+
+    def exposed() -> float:
+        return sum(u["gather"] + u["reduce"] for u in mics.exposed(model).values())
+
+    return Contestant(
+        name,
+        model,
+        dist.get_world_size() // shard_size,
+        micro_step,
+        optimizers=mics.optim,
+        counted=counted,
+        exposed=exposed,
+    )
 
 
 def _control(name: str, model: nn.Module, setting: Setting) -> Contestant:
@@ -247,8 +197,6 @@ def make_contestant(name: str, make_model: MakeModel, setting: Setting) -> Conte
     if strategy == "control":
         return _control(name, model, setting)
     if strategy in DEEPSPEED:
-        from deepspeed_strategies import make_deepspeed
-
         return make_deepspeed(name, model, int(size) if size else None, setting)
     shard_size = int(size) if size else dist.get_world_size()
     if strategy in OURS:

@@ -1,0 +1,72 @@
+"""What every way to train is to the contest: a model, its steps, and its counters."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+MicroStep = Callable[[bool], contextlib.AbstractContextManager[None]]  # (is the last of its step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Where contestants train, and in what precision."""
+
+    device: str = "cpu"
+    policy: MixedPrecisionPolicy | None = None  # FSDP2, HSDP and ours take one
+    # For those that must know them when they are made:
+    optimizer: Callable[[nn.Module], Any] | None = None
+    micro_steps: int = 1
+
+
+@dataclasses.dataclass
+class Contestant:
+    """A model, how its micro-steps are told apart, and how its communication is counted."""
+
+    name: str
+    model: nn.Module
+    copies: int  # ranks that hold the same part of the gradients
+    micro_step: MicroStep = lambda is_last: contextlib.nullcontext()
+    has_parity: bool = True  # trains as one process does
+    optimizers: ModuleType = torch.optim  # where its optimizer is from
+    optimizer: Any = None
+    may_fail: bool = False  # its failure in the first step is a result
+    why_not: str = ""  # why it could not be made
+    counted: Callable[[], tuple[int, int]] = lambda: (0, 0)  # bytes sent inside nodes, and across
+    exposed: Callable[[], float] = lambda: math.nan  # seconds that this rank waited for others
+
+    def backward(self, loss: torch.Tensor, micro_steps: int) -> None:
+        """Of one micro-step."""
+        (loss / micro_steps).backward()
+
+    def step(self) -> None:
+        """Ends the step."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def gradient_norm(self) -> float:
+        """Of the whole gradient. Collective."""
+        square = torch.zeros((), dtype=torch.float64)
+        for parameter in self.model.parameters():
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            square += local.detach().double().square().sum().cpu()
+        dist.all_reduce(square)
+        return math.sqrt(square.item() / self.copies)
+
+
+def first_line(error: Exception) -> str:
+    """What a record keeps of an error."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
