@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import pathlib
-import sys
-
 import pytest
+import torch
+from gpt.model import GPT, GPTConfig
 from support.ranks import run_ranks
 
 import torch_mics as mics
 from torch_mics import _C
 from torch_mics._unit import units_of
 
-EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 WORLD_SIZE, RANKS_PER_NODE, MICRO_STEPS = 4, 2, 2
 ELEMENT = 4  # bytes of fp32
 
 
 def count_step(rank: int, cases: list[tuple[int, bool]]) -> list[dict]:
     """Runs one step of every case; gives this rank's counters and the lengths of its units."""
-    sys.path.insert(0, str(EXAMPLES))
-    import torch
-    from gpt.model import GPT, GPTConfig
-
     found = []
     for partition_size, hierarchical in cases:
         mesh = mics.init_mesh(partition_size, device_type="cpu")

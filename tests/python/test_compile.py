@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from support.bodies import Layer, Stack, expect_gradients, make, on_ranks, train_alone, value_of
+from support.bodies import (
+    Layer,
+    Stack,
+    expect_gradients,
+    expect_step,
+    make,
+    on_ranks,
+    train_alone,
+    value_of,
+)
 
 import torch_mics as mics
 
@@ -25,9 +34,7 @@ def train_and_compare(world: Any, model: Any, steps: int = 3) -> None:
     plain = make(Stack)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, plain)]
     for _ in range(steps):
-        value_of(model, world.rank).backward()
-        train_alone(plain, value_of)
-        expect_gradients(world, model, plain)
+        expect_step(world, model, plain)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()

@@ -1,78 +1,34 @@
-"""README.md and docs/: Python runs; commands, links, names, tables and messages are right."""
+"""README.md and docs/: Python runs; links, names, tables, numbers and messages are right."""
 
 from __future__ import annotations
 
-import argparse
 import ast
-import contextlib
-import dataclasses
-import importlib
-import io
 import os
 import re
-import shlex
-import subprocess
-import sys
+import traceback
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from support.ranks import run_ranks
+from support.pages import (
+    FOLDERS,
+    PAGES,
+    ROOT,
+    all_sources,
+    blocks_of,
+    every_page,
+    file_problems,
+    prose_of,
+)
+from support.ranks import run_ranks, start_process
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 import torch_mics as mics
-from torch_mics.cli import build_parser
-
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGE_IDS = [str(page.relative_to(ROOT)) for page in PAGES]
-FOLDERS = ("benchmarks", "docs", "examples", "include", "python", "src", "tests")
-
-every_page = pytest.mark.parametrize("page", PAGES, ids=PAGE_IDS)
-
-
-# --- blocks ---------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """A fenced block: its language, its text, the prelude it asks for, the line of its fence."""
-
-    language: str
-    text: str
-    prelude: str
-    line: int
-
-
-def blocks_of(text: str) -> list[Block]:
-    found, lines, start, above = [], text.splitlines(), None, ""
-    for number, line in enumerate(lines, start=1):
-        if start is None and line.startswith("```"):
-            start, prelude = number, re.fullmatch(r"<!-- prelude: (\w+) -->", above.strip())
-        elif start is not None and line.startswith("```"):
-            language = lines[start - 1].removeprefix("```").strip()
-            body = "\n".join(lines[start : number - 1]) + "\n"
-            found.append(Block(language, body, prelude.group(1) if prelude else "", start))
-            start = None
-        above = line or above
-    assert start is None, f"a block that begins in line {start} has no end"
-    return found
-
-
-def prose_of(text: str) -> str:
-    """The text without its fenced blocks, line for line."""
-    inside, kept = False, []
-    for line in text.splitlines():
-        if line.startswith("```"):
-            inside = not inside
-        kept.append("" if inside or line.startswith("```") else line)
-    return "\n".join(kept)
-
 
 # --- Python blocks --------------------------------------------------------------------------------
+
 
 _PLAIN = '''
 import torch
@@ -116,38 +72,34 @@ _SHARDED = (
     + "\noptimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)\n"
 )
 PRELUDES = {"": "", "plain": _PLAIN, "model": _MODEL, "sharded": _SHARDED}
-
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MICS_NODE_ID")
 
 
 def run_python(parts: list[tuple[str, str, int]], directory: Path, name: str) -> str:
     """Runs (prelude, code, line) one after the other in one process; gives its errors, or ""."""
-    script: list[str] = []
-    for prelude, code, line in parts:
-        placed = "\n" * line + code  # tracebacks then have the page's own lines
-        script += [
-            "scope = {'__name__': '__main__'}",
-            f"exec(compile({PRELUDES[prelude]!r}, 'prelude', 'exec'), scope)",
-            f"exec(compile({placed!r}, {name!r}, 'exec'), scope)",
-        ]
-    environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER}
-    path = [str(Path(mics.__file__).parents[1]), environment.get("PYTHONPATH", "")]
-    environment |= {
-        "PYTHONPATH": os.pathsep.join(filter(None, path)),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    (directory / "blocks.py").write_text("\n".join(script) + "\n")
-    done = subprocess.run(
-        [sys.executable, "blocks.py"],
-        cwd=directory,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=1500,
-    )
-    return "" if done.returncode == 0 else done.stderr or f"exit status {done.returncode}"
+    process = start_process(_run_parts, parts, directory, name)
+    process.join(timeout=1500)
+    process.kill()
+    errors = directory / "errors"
+    return errors.read_text() if errors.exists() else f"exit status {process.exitcode}"
+
+
+def _run_parts(parts: list[tuple[str, str, int]], directory: Path, name: str) -> None:
+    os.chdir(directory)
+    for variable in _LAUNCHER:
+        os.environ.pop(variable, None)
+    os.environ |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    torch.set_num_threads(1)
+    errors = ""
+    try:
+        for prelude, code, line in parts:
+            scope = {"__name__": "__main__"}
+            exec(compile(PRELUDES[prelude], "prelude", "exec"), scope)
+            # Tracebacks have the page's own lines.
+            exec(compile("\n" * line + code, name, "exec"), scope)
+    except BaseException:
+        errors = traceback.format_exc()
+    Path(directory, "errors").write_text(errors)
 
 
 @every_page
@@ -180,283 +132,6 @@ def test_the_diff_in_the_readme_changes_few_lines_and_no_result(tmp_path: Path):
 
 
 # --- commands -------------------------------------------------------------------------------------
-
-
-def commands_of(text: str) -> list[str]:
-    joined = re.sub(r"\\\n\s*", " ", text)
-    lines = [line.strip() for line in joined.splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
-
-
-@cache
-def all_sources() -> str:
-    suffixes = {".py", ".sh", ".cc", ".h", ".txt"}
-    files = [p for f in FOLDERS for p in sorted((ROOT / f).rglob("*")) if p.suffix in suffixes]
-    files += [ROOT / "setup.py", ROOT / "CMakeLists.txt"]
-    return "\n".join(p.read_text() for p in files if p.name != Path(__file__).name)
-
-
-def command_problems(command: str) -> list[str]:
-    """Says what is wrong with one command of a page. Long commands are looked at, not run."""
-    words = shlex.split(command, comments=True)
-    problems = []
-    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-        name, value = words.pop(0).split("=", 1)
-        if name not in all_sources():
-            problems.append(f"no source knows {name}")
-        if name == "MICS_TORCH" and not re.fullmatch(r"torch[=<>!~]=?[\d.]+\w*", value):
-            problems.append(f"MICS_TORCH must be a requirement on torch: got {value}")
-    if words[:3] == ["python", "-m", "torch.distributed.run"]:
-        words[:3] = ["torchrun"]
-    checks = {
-        "bash": _script_problems,
-        "torchrun": _torchrun_problems,
-        "python": _python_problems,
-        "pip": _pip_problems,
-        "ctest": _ctest_problems,
-        "cmake": _cmake_problems,
-        "sbatch": _sbatch_problems,
-        "kubectl": _kubectl_problems,
-        "pcluster": _pcluster_problems,
-    }
-    if not words or words[0] not in checks:
-        return [*problems, "is of a kind that test_docs.py cannot check"]
-    return problems + checks[words[0]](words[1:])
-
-
-def _file_problems(path: str) -> list[str]:
-    return [] if (ROOT / path).exists() else [f"there is no {path}"]
-
-
-def _script_problems(words: list[str]) -> list[str]:
-    script, *arguments = words
-    if problems := _file_problems(script):
-        return problems
-    done = subprocess.run(["bash", "-n", str(ROOT / script)], capture_output=True, text=True)
-    known = re.findall(r"^\s+(--[\w-]+)\)", (ROOT / script).read_text(), re.MULTILINE)
-    unknown = [argument for argument in arguments if argument not in known]
-    return [done.stderr] * (done.returncode != 0) + [f"{script} has no {a}" for a in unknown]
-
-
-def _torchrun_problems(words: list[str]) -> list[str]:
-    from torch.distributed.run import get_args_parser
-
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        try:
-            parsed = get_args_parser().parse_args(words)
-        except SystemExit:
-            return [f"torchrun refuses its options: {said.getvalue()}"]
-    if parsed.module:
-        return _python_problems(["-m", parsed.training_script, *parsed.training_script_args])
-    return _run_problems(parsed.training_script, parsed.training_script_args)
-
-
-def _sbatch_problems(words: list[str]) -> list[str]:
-    parser = argparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("--nodes", type=int)
-    parser.add_argument("file")
-    parser.add_argument("script")
-    try:
-        parsed, arguments = parser.parse_known_args(words)
-    except argparse.ArgumentError as error:
-        return [f"sbatch: {error}"]
-    return _script_problems([parsed.file]) + _run_problems(parsed.script, arguments)
-
-
-def _kubectl_problems(words: list[str]) -> list[str]:
-    if len(words) == 3 and words[:2] == ["apply", "-f"]:
-        return _file_problems(words[2])
-    return [f"kubectl {words} is unknown to test_docs.py"]
-
-
-def _pcluster_problems(words: list[str]) -> list[str]:
-    if words[:2] == ["create-cluster", "--cluster-name"] and words[3] == "--cluster-configuration":
-        return _file_problems(words[4])
-    return [f"pcluster {words} is unknown to test_docs.py"]
-
-
-def _run_problems(script: str, arguments: list[str]) -> list[str]:
-    """What is wrong with running a Python script, or a folder, with these arguments."""
-    if problems := _file_problems(script):
-        return problems
-    if "--" in arguments:  # what it runs
-        index = arguments.index("--")
-        inner = command_problems(shlex.join(arguments[index + 1 :]))
-        return _run_problems(script, arguments[:index]) + inner
-    if (ROOT / script).is_dir():
-        script += "/__main__.py"
-    if script == "examples/train_gpt.py":
-        return _train_gpt_problems(arguments)
-    # setup.py takes what setuptools takes: the pages may use what our own scripts use.
-    source = (ROOT / ("examples/bootstrap.sh" if script == "setup.py" else script)).read_text()
-    return [f"{script} has no {a}" for a in arguments if a.startswith("-") and a not in source]
-
-
-def _train_gpt_problems(arguments: list[str]) -> list[str]:
-    pytest.importorskip("jsonargparse")
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        parse_config = importlib.import_module("gpt.config").parse_config
-    finally:
-        sys.path.pop(0)
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-        try:
-            parse_config(arguments)
-        except SystemExit as stop:
-            return [f"train_gpt.py refuses: {said.getvalue()}"] if stop.code else []
-        except ValueError as error:
-            return [f"train_gpt.py refuses: {error}"]
-    return []
-
-
-def _python_problems(words: list[str]) -> list[str]:
-    if words[0] != "-m":
-        return _run_problems(words[0], words[1:])
-    module, *arguments = words[1:]
-    if module == "pytest":
-        return _pytest_problems(arguments)
-    if module == "torch_mics":
-        return _torch_mics_problems(arguments)
-    if module not in ("ruff", "mypy"):
-        return [f"python -m {module} is unknown to test_docs.py"]
-    done = subprocess.run([sys.executable, "-m", module, *arguments, "--help"], capture_output=True)
-    paths = [a for a in arguments if "/" in a or a.startswith(".")]
-    problems = [problem for path in paths for problem in _file_problems(path)]
-    return problems + [f"{module} refuses {arguments}"] * (done.returncode != 0)
-
-
-def _torch_mics_problems(arguments: list[str]) -> list[str]:
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        try:
-            build_parser().parse_args(arguments)
-        except SystemExit:
-            return [f"torch_mics refuses: {said.getvalue()}"]
-    return []
-
-
-def _pytest_problems(arguments: list[str]) -> list[str]:
-    problems, words = [], iter(arguments)
-    for word in words:
-        if word == "-c":
-            problems += _file_problems(next(words))
-        elif word == "-k":
-            next(words)
-        elif word.startswith("-"):
-            problems.append(f"pytest option {word} is unknown to test_docs.py")
-        else:
-            problems += _test_problems(word)
-    return problems
-
-
-def _test_problems(name: str) -> list[str]:
-    path, _, test = name.partition("::")
-    problems = _file_problems(path)
-    if not problems and test and f"def {test}(" not in (ROOT / path).read_text():
-        problems = [f"there is no {test} in {path}"]
-    return problems
-
-
-def _pip_problems(words: list[str]) -> list[str]:
-    if words[:2] != ["install", "--no-build-isolation"]:
-        return ["installing this package needs: pip install --no-build-isolation"]
-    target = re.fullmatch(r"\.(?:\[([\w,]+)\])?", words[-1])
-    if target is None or [w for w in words[2:-1] if w != "-e"]:
-        return [f"pip install of {words[2:]} is unknown to test_docs.py"]
-    tree = ast.parse((ROOT / "setup.py").read_text())
-    (extras,) = [
-        ast.literal_eval(node.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "EXTRAS"
-    ]
-    wanted = target.group(1).split(",") if target.group(1) else []
-    return [f"setup.py has no extra {extra}" for extra in wanted if extra not in extras]
-
-
-def _tree_problems(tree: str) -> list[str]:
-    known = re.findall(r"^\s*cpp_tests ([\w-]+)", (ROOT / "tests/run.sh").read_text(), re.MULTILINE)
-    name = tree.removeprefix(".build/")
-    return [] if name in known else [f"tests/run.sh makes no tree {tree}"]
-
-
-def _ctest_problems(words: list[str]) -> list[str]:
-    problems, rest = [], iter(words)
-    tests = re.findall(r"mics_add_test\(\s*(\w+)", (ROOT / "tests/cpp/CMakeLists.txt").read_text())
-    for word in rest:
-        if word == "--test-dir":
-            problems += _tree_problems(next(rest))
-        elif word == "-R":
-            pattern = next(rest)
-            if not any(re.search(pattern, test) for test in tests):
-                problems.append(f"no ctest matches {pattern}: there are {tests}")
-        elif word != "--output-on-failure":
-            problems.append(f"ctest option {word} is unknown to test_docs.py")
-    return problems
-
-
-def _cmake_problems(words: list[str]) -> list[str]:
-    if words[0] != "--build" or words[2:-1] not in ([], ["--parallel"]):
-        return [f"cmake {words} is unknown to test_docs.py"]
-    return _tree_problems(words[1])
-
-
-@every_page
-def test_commands_are_right(page: Path):
-    problems = []
-    for block in blocks_of(page.read_text()):
-        if block.language not in ("bash", "python", "diff", ""):
-            problems.append(f"line {block.line}: a block of {block.language}")
-        if block.language == "bash":
-            for command in commands_of(block.text):
-                problems += [f"{command!r}: {p}" for p in command_problems(command)]
-    inline = r"`((?:bash|torchrun|python -m|pip install|ctest) [^`]+)`"
-    for command in re.findall(inline, page.read_text()):
-        problems += [f"{command!r}: {p}" for p in command_problems(command)]
-    for name in set(re.findall(r"tests/python/\w+\.py::\w+", page.read_text())):
-        problems += _test_problems(name)
-    assert not problems, "\n".join(problems)
-
-
-def test_readme_has_the_two_commands():
-    blocks = [b.text for b in blocks_of((ROOT / "README.md").read_text()) if b.language == "bash"]
-    assert blocks[0].splitlines() == ["bash examples/quickstart.sh", "bash tests/run.sh"]
-
-
-@pytest.mark.parametrize(
-    ("command", "problem"),
-    [
-        ("bash examples/quick.sh", "there is no examples/quick.sh"),
-        ("bash tests/run.sh --fast", "has no --fast"),
-        ("bash examples/quickstart.sh --quick", "has no --quick"),
-        ("MICS_WIDER=1 bash tests/run.sh", "no source knows MICS_WIDER"),
-        ("MICS_TORCH=2.15 bash tests/run.sh", "must be a requirement"),
-        ("torchrun --nprocs 4 examples/train_gpt.py", "torchrun refuses"),
-        ("torchrun --nproc-per-node 4 examples/train.py", "there is no examples/train.py"),
-        ("torchrun examples/train_gpt.py --shards 2", "train_gpt.py refuses"),
-        ("python examples/train_gpt.py --steps 0", "--steps must be at least 1"),
-        ("python examples/train_gpt.py --precision fp8", "train_gpt.py refuses"),
-        (
-            "python -m pytest tests/python/test_nothing.py",
-            "there is no tests/python/test_nothing.py",
-        ),
-        ("python -m pytest tests/python/test_docs.py::test_no", "there is no test_no in"),
-        ("pip install .", "needs: pip install --no-build-isolation"),
-        ('pip install --no-build-isolation ".[gpu]"', "no extra gpu"),
-        ("ctest --test-dir .build/release -R nccl_tests", "no ctest matches"),
-        ("ctest --test-dir .build/debug", "makes no tree"),
-        ("make test", "cannot check"),
-        ("sbatch --nodes 2 examples/launch/slurm.sh a.py", "there is no examples/launch/slurm.sh"),
-        ("sbatch examples/launch/slurm.sbatch a.py", "there is no a.py"),
-        ("kubectl apply -f eks.yaml", "there is no eks.yaml"),
-        ("kubectl delete -f examples/launch/eks.yaml", "is unknown"),
-        ("python benchmarks/emulated_cluster --speed 1 -- python a.py", "has no --speed"),
-        ("python benchmarks/emulated_cluster -- python a.py", "there is no a.py"),
-        ("python -m torch_mics validate --pages a.md", "torch_mics refuses"),
-        ("torchrun --nproc-per-node 4 -m torch_mics calibrate", "torch_mics refuses"),
-    ],
-)
-def test_a_wrong_command_is_found(command: str, problem: str):
-    assert any(problem in found for found in command_problems(command)), command_problems(command)
 
 
 def test_wrong_python_and_a_wrong_diff_are_found(tmp_path: Path):
@@ -510,7 +185,7 @@ def name_problems(text: str) -> list[str]:
 
 def path_problems(text: str) -> list[str]:
     found = re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]*)", prose_of(text))
-    return [problem for path in sorted(set(found)) for problem in _file_problems(path)]
+    return [problem for path in sorted(set(found)) for problem in file_problems(path)]
 
 
 @every_page
@@ -582,6 +257,7 @@ def test_volumes_of_the_worked_example_are_counted():
 
 
 # --- messages -------------------------------------------------------------------------------------
+
 
 _GAP = "\0"  # what a message leaves open
 

@@ -14,6 +14,7 @@ from support.bodies import (
     Stack,
     calls,
     expect_gradients,
+    expect_step,
     fail_text,
     make,
     on_ranks,
@@ -187,9 +188,7 @@ def test_changed_weight_is_never_missed_where_the_full_one_is_kept(world, how):
         outputs.append(model(points(world.rank)))
         assert torch.equal(outputs[-1], plain(points(world.rank)))
         assert not torch.equal(outputs[-1], outputs[-2])
-    value_of(model, world.rank).backward()
-    train_alone(plain, value_of)
-    expect_gradients(world, model, plain)
+    expect_step(world, model, plain)
 
 
 @on_ranks(cases=[(kept, unit) for kept in (True, False) for unit in ("root", "layer")])
@@ -205,9 +204,7 @@ def test_backward_over_weights_changed_since_forward_raises(world, case):
     assert "modified by an inplace operation" in fail_text(value.backward)
     assert all(parameter.grad is None for parameter in sharded)
     # The next step is right.
-    value_of(model, world.rank).backward()
-    train_alone(plain, value_of)
-    expect_gradients(world, model, plain)
+    expect_step(world, model, plain)
 
 
 @on_ranks()

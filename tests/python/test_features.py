@@ -1,15 +1,8 @@
-"""What a model may do between sharding and its step, compared with a single process.
-
-The body of each test runs on four ranks, two on each of two nodes.
-"""
+"""Recomputation and parameters without a gradient, compared with a single process."""
 
 from __future__ import annotations
 
-import collections
-import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from support.bodies import (
@@ -19,6 +12,7 @@ from support.bodies import (
     Stack,
     calls,
     expect_gradients,
+    expect_step,
     make,
     on_ranks,
     points,
@@ -40,9 +34,7 @@ import torch_mics as mics
 @on_ranks()
 def test_comparison_with_one_process_catches_wrong_gradients(world):
     model, plain = twins(world, Stack)
-    value_of(model, world.rank).backward()
-    train_alone(plain, value_of)
-    expect_gradients(world, model, plain)
+    expect_step(world, model, plain)
 
     def is_caught() -> bool:
         try:
@@ -112,9 +104,7 @@ def test_checkpointing_keeps_gradients_and_reduces_each_unit_once(world, case):
     model = shard(world, make_checkpointed(*case))
     plain = make(Stack)
     model.train()
-    value_of(model, world.rank).backward()
-    train_alone(plain, value_of)
-    expect_gradients(world, model, plain)
+    expect_step(world, model, plain)
     # A second step on other weights.
     with torch.no_grad():
         for parameter in [*model.parameters(), *plain.parameters()]:
@@ -163,6 +153,7 @@ def test_checkpointing_under_accumulation_keeps_gradients(world, use_reentrant):
 
 # --- parameters without a gradient ----------------------------------------------------------------
 
+
 SOME_RANKS = [[], [0], [3], [1, 2], [0, 1, 2, 3]]
 
 
@@ -197,9 +188,7 @@ def test_unit_whose_output_is_used_on_some_ranks_is_reduced_on_all(world, case):
         return model(points(rank), wanted).square().mean()
 
     model, plain = twins(world, OutputsOnRequest)
-    value(model, world.rank).backward()
-    train_alone(plain, value)
-    expect_gradients(world, model, plain)
+    expect_step(world, model, plain, value)
     # Every rank joins the reduction, whether it has a gradient or not.
     assert calls(model, "reduce/intra") == NUM_UNITS
 
@@ -285,9 +274,7 @@ def test_freezing_and_unfreezing_between_steps_is_followed(world, zeroes):
                 parameter.requires_grad_(name not in frozen)
             if zeroes:
                 each.zero_grad()
-        value_of(model, world.rank).backward()
-        train_alone(plain, value_of)
-        expect_gradients(world, model, plain)
+        expect_step(world, model, plain)
 
 
 @on_ranks()
@@ -300,146 +287,8 @@ def test_input_of_the_first_unit_gets_its_gradient_and_needs_none(world):
         return model(points(rank).repeat(1, 2)).square().mean()
 
     model, plain = twins(world, Layers)
-    value(model, world.rank).backward()
-    train_alone(plain, value)
-    expect_gradients(world, model, plain)
+    expect_step(world, model, plain, value)
     inputs = [points(world.rank).repeat(1, 2).requires_grad_() for _ in range(2)]
     for each, x in zip((model, plain), inputs, strict=True):
         each(x).square().mean().backward()
     assert torch.equal(inputs[0].grad, inputs[1].grad)
-
-
-# --- several forwards and backwards ---------------------------------------------------------------
-
-
-@on_ranks(cases=["sum", "first first", "last first", "last first, first under no_sync"])
-def test_several_forwards_before_backward_add_their_gradients(world, order):
-    model, plain = twins(world, Stack)
-    for _ in range(2):
-        values = [model(points(world.rank, step)).square().mean() for step in range(3)]
-        if order == "sum":
-            sum(values).backward()
-        elif order == "first first":
-            for value in values:
-                value.backward()
-        elif order == "last first":
-            for value in reversed(values):
-                value.backward()
-        else:
-            with model.no_sync():
-                values[2].backward()
-                values[1].backward()
-            values[0].backward()
-        for step in range(3):
-            train_alone(plain, lambda m, r, s=step: m(points(r, s)).square().mean())
-    expect_gradients(world, model, plain)
-
-
-@on_ranks()
-def test_retained_graph_runs_backward_twice(world):
-    model, plain = twins(world, Stack)
-    value = value_of(model, world.rank)
-    value.backward(retain_graph=True)
-    first = model.embed.weight.grad.to_local().clone()
-    value.backward()
-    assert torch.equal(model.embed.weight.grad.to_local(), 2 * first)
-    for _ in range(2):
-        train_alone(plain, value_of)
-    expect_gradients(world, model, plain)
-
-
-@on_ranks(cases=["eval", "no_grad", "inference_mode"])
-def test_forward_without_backward_between_forward_and_backward_changes_nothing(world, kind):
-    contexts = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
-
-    def look(model: nn.Module) -> torch.Tensor:
-        with contexts.get(kind, torch.enable_grad)():
-            return model(points(world.rank, 5))
-
-    model, plain = twins(world, Stack)
-    for _ in range(2):
-        value = value_of(model, world.rank)
-        model.train(kind != "eval")
-        assert torch.equal(look(model), look(plain))
-        model.train()
-        value.backward()
-        train_alone(plain, value_of)
-    expect_gradients(world, model, plain)
-
-
-@on_ranks(cases=["no_grad", "inference_mode"])
-def test_first_forward_of_all_may_be_one_without_backward(world, kind):
-    model, plain = twins(world, Stack)
-    with torch.no_grad() if kind == "no_grad" else torch.inference_mode():
-        assert torch.equal(model(points(world.rank)), plain(points(world.rank)))
-    value_of(model, world.rank).backward()
-    train_alone(plain, value_of)
-    expect_gradients(world, model, plain)
-
-
-# --- outputs --------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Result:
-    hidden: torch.Tensor
-    extra: Any = None
-
-
-Pair = collections.namedtuple("Pair", ["hidden", "extra"])
-
-PACK: dict[str, Callable[[torch.Tensor], Any]] = {
-    "dict": lambda x: {"hidden": x, "extra": None, "name": "layer"},
-    "nested": lambda x: {"count": 3, "deep": [(None, [x])]},
-    "dataclass": lambda x: Result(x),
-    "dataclass of a tuple": lambda x: Result(torch.zeros(1), ((x,), None)),
-    "tuple": lambda x: (None, x, 1.0),
-    "named tuple": lambda x: Pair(x, None),
-    "two tensors": lambda x: (x * 2, x * 3),
-}
-
-UNPACK: dict[str, Callable[[Any], torch.Tensor]] = {
-    "dict": lambda output: output["hidden"],
-    "nested": lambda output: output["deep"][0][1][0],
-    "dataclass": lambda output: output.hidden,
-    "dataclass of a tuple": lambda output: output.extra[0][0],
-    "tuple": lambda output: output[1],
-    "named tuple": lambda output: output.hidden,
-    "two tensors": lambda output: output[0] - output[1],
-}
-
-
-class Packed(Layer):
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-
-    def forward(self, x: torch.Tensor, use_spare: bool = True) -> Any:
-        return PACK[self.kind](super().forward(x))
-
-
-class PackedStack(Stack):
-    def __init__(self, kind: str) -> None:
-        super().__init__(functools.partial(Packed, kind))
-        self.kind = kind
-
-    def run_layers(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in self.layers:
-            x = UNPACK[self.kind](layer(x))
-        return x
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return PACK[self.kind](super().forward(x))
-
-
-@on_ranks(2, cases=list(PACK))
-def test_outputs_in_containers_are_watched(world, kind):
-    def value(model: nn.Module, rank: int) -> torch.Tensor:
-        return UNPACK[kind](model(points(rank))).square().mean()
-
-    model, plain = twins(world, PackedStack, kind)
-    value(model, world.rank).backward()
-    train_alone(plain, value)
-    expect_gradients(world, model, plain)
-    assert calls(model, "reduce/intra") == NUM_UNITS
-    assert type(model(points(0))) is type(plain(points(0)))

@@ -1,19 +1,13 @@
-"""Which units shard_model() makes of models whose parts share parameters, and what finding them costs.
-
-Each model trains as one process does. As in test_features.py, bodies run on four ranks.
-"""
+"""Which units shard_model() makes of models whose parts share parameters, and what finding them costs."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from support import architectures
 from support.bodies import (
     Layer,
     Stack,
@@ -23,10 +17,10 @@ from support.bodies import (
     on_ranks,
     points,
     train_alone,
+    units_of,
     value_of,
 )
 from support.models import TinyGPT
-from support.ranks import RankFailure, run_ranks
 from torch import nn
 
 import torch_mics as mics
@@ -183,12 +177,9 @@ CASES: dict[str, tuple[Callable[[Any], None], Any, tuple[str, ...], tuple[str, .
 }
 
 
-def units_of(model: nn.Module) -> set[frozenset[str]]:
-    units: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        if name and isinstance(module, mics.MiCSModule):
-            units.setdefault(id(module._unit), []).append(name)
-    return {frozenset(names) for names in units.values()}
+def named_units_of(model: nn.Module) -> set[frozenset[str]]:
+    """Without the root, which has no name."""
+    return {unit - {""} for unit in units_of(model)} - {frozenset()}
 
 
 @on_ranks(2, cases=list(CASES))
@@ -196,7 +187,7 @@ def test_parameters_in_several_places_train_as_one_process(world, name):
     tie, units, right, notes = CASES[name]
     model, plain = make(Tied, tie), make(Tied, tie)
     mics.shard_model(model, units=units, mesh=world.mesh)
-    assert units_of(model) == {frozenset(unit.split()) for unit in right}
+    assert named_units_of(model) == {frozenset(unit.split()) for unit in right}
     for _ in range(2):
         for micro_step in range(2):
             with mics.microbatch(model, is_last=micro_step == 1):
@@ -217,7 +208,7 @@ def test_ignored_parameters_tie_nothing(world):
     model = make(Tied, layers_share_a_weight)
     shared = model.layers[0].up.weight
     mics.shard_model(model, mesh=world.mesh, ignored_params={shared})
-    assert units_of(model) == {frozenset(unit.split()) for unit in (*LAYERS, TAIL)}
+    assert named_units_of(model) == {frozenset(unit.split()) for unit in (*LAYERS, TAIL)}
     assert model.layers[2].up.weight is shared
     value_of(model, world.rank).backward()
     assert shared.grad.shape == shared.shape
@@ -235,7 +226,7 @@ def test_names_of_blocks_that_match_nothing_hide_no_list(world):
     model = make(Stack)
     model._no_split_modules = ["Absent"]
     mics.shard_model(model, mesh=world.mesh)
-    assert units_of(model) == {frozenset([name]) for name in (*LAYERS, "head")}
+    assert named_units_of(model) == {frozenset([name]) for name in (*LAYERS, "head")}
 
 
 @on_ranks(2)
@@ -311,125 +302,3 @@ def test_sharding_takes_time_in_proportion_to_the_model(world):
         num_calls(lambda model=model: mics.shard_model(model, mesh=world.mesh)) for model in models
     ]
     assert counts[2] < 4.1 * counts[1], counts  # the first pays for what is made once
-
-
-# --- architectures of transformers ----------------------------------------------------------------
-
-RANKS = 2
-STEPS = 2
-MICRO_STEPS = 2
-MAX_SIZE = 5_000_000
-
-# One of each kind of sharing and calling; with MICS_WIDE=1 all that transformers has.
-ARCHITECTURES = (
-    ("causal", "roberta"),  # a head of several modules, of which one is tied to an embedding
-    ("masked", "albert"),  # one layer, run several times, and a tied head
-    ("masked", "ibert"),  # its modules return pairs
-    ("masked", "neomme"),  # a tied head inside the model
-    ("masked", "funnel"),  # lists in a list
-    ("causal", "prophetnet"),  # only children of some units are called
-    ("masked", "modernvbert"),  # an embedding that others read
-    ("masked", "squeezebert"),  # layers with other layers in them
-    ("causal", "gpt2"),
-    ("causal", "llama"),
-    ("causal", "bart"),
-    ("causal", "mamba"),
-    ("causal", "mixtral"),
-)
-
-
-def train(model: Any, data: Callable[[int], list[dict[str, torch.Tensor]]], micro: Any) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    for _ in range(STEPS):
-        for micro_step in range(MICRO_STEPS):
-            parts = data(micro_step)
-            with micro(micro_step):
-                for part in parts:
-                    loss = architectures.loss_of(model, part)
-                    (loss / (MICRO_STEPS * len(parts))).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def check_training(rank: int, kind: str, name: str, folder: str | None) -> str | None:
-    """Trains, generates, saves and loads as one process; gives why one process cannot, or None."""
-    try:
-        if architectures.size(kind, name) > MAX_SIZE:
-            return "its configuration has parts that cannot be shrunk"
-        plain = architectures.build(kind, name)
-        start = {key: p.detach().clone() for key, p in plain.named_parameters()}
-        written = architectures.generate(plain) if kind == "causal" and folder else None
-        train(
-            plain,
-            lambda i: [architectures.inputs(r, i) for r in range(RANKS)],
-            lambda i: contextlib.nullcontext(),
-        )
-        if not all(p.isfinite().all() for p in plain.parameters()):
-            return "it diverges"
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    model = architectures.build(kind, name)
-    mics.shard_model(model, shard_size=RANKS)
-    if written is not None:
-        # Before any training, so that every bit is the same.
-        assert torch.equal(architectures.generate(model), written)
-    train(
-        model,
-        lambda i: [architectures.inputs(rank, i)],
-        lambda i: mics.microbatch(model, is_last=i == MICRO_STEPS - 1),
-    )
-    full = {key: p.detach().full_tensor() for key, p in model.named_parameters()}
-    compare(full, plain, start)
-    if folder is not None:
-        check_saving(rank, model, plain, folder)
-    return None
-
-
-def check_saving(rank: int, model: Any, plain: Any, folder: str) -> None:
-    state = mics.full_state_dict(model)  # empty on the other rank
-    if rank != 0:
-        return
-    model.save_pretrained(f"{folder}/sharded", state_dict=dict(state))
-    plain.save_pretrained(f"{folder}/plain")
-    mine, right = (type(plain).from_pretrained(f"{folder}/{each}") for each in ("sharded", "plain"))
-    assert mine.config.architectures == [type(plain).__name__]
-    before = dict(plain.named_parameters())
-    for (name, p), q in zip(mine.named_parameters(), right.parameters(), strict=True):
-        if torch.equal(q, before[name]):
-            assert torch.equal(p, state[name]), name
-        else:  # Funnel's rows of padding become zero
-            torch.testing.assert_close(p, q, msg=name)
-
-
-def compare(found: dict[str, Any], plain: Any, start: dict[str, torch.Tensor]) -> None:
-    """Parameters only: buffers of statistics (I-BERT's ranges) are those of each rank's data."""
-    right = {key: p.detach() for key, p in plain.named_parameters()}
-    assert list(found) == list(right)
-    movement = max(float((p - start[key]).abs().max()) for key, p in right.items())
-    assert movement > 0
-    for key, p in right.items():
-        # fp32 sums in another order; the nearly unused parameters of some move by little else.
-        error = float((found[key].detach() - p).abs().max())
-        assert error <= 2e-3 * movement, f"{key}: {error / movement:.1e} of the movement"
-
-
-@pytest.mark.parametrize(("kind", "name"), ARCHITECTURES)
-def test_architecture_trains_generates_and_saves_as_one_process(kind, name, tmp_path):
-    pytest.importorskip("transformers")
-    assert run_ranks(RANKS, check_training, kind, name, str(tmp_path)) == [None, None]
-
-
-@pytest.mark.skipif("MICS_WIDE" not in os.environ, reason="every architecture takes minutes")
-@pytest.mark.parametrize("kind", ["causal", "masked"])
-def test_every_architecture_trains_as_one_process_or_not_at_all(kind):
-    pytest.importorskip("transformers")
-    trained, failed = [], {}
-    for name in architectures.names(kind):
-        try:
-            if run_ranks(RANKS, check_training, kind, name, None, timeout=300) == [None, None]:
-                trained.append(name)
-        except RankFailure as error:
-            failed[name] = str(error)[-300:]
-    # The rest cannot be built small, or need other inputs, in one process either.
-    assert not failed, failed
-    assert len(trained) >= {"causal": 140, "masked": 34}[kind], trained

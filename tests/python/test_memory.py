@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from support.bodies import Stack, expect_gradients, on_ranks, train_alone, twins, value_of
+from support.bodies import (
+    Stack,
+    expect_gradients,
+    expect_step,
+    on_ranks,
+    train_alone,
+    twins,
+    value_of,
+)
 
 import torch_mics as mics
 
@@ -66,11 +74,9 @@ def test_reductions_in_flight_are_as_many_as_asked_for(world):
         model, plain = twins(world, Stack)
         model.set_reduce_scatter_max_input_buffers(count)
         assert 2 * mics.memory(model)["reductions"] == count * two
-        value_of(model, world.rank).backward()
-        train_alone(plain, value_of)
-        expect_gradients(world, model, plain)
-    model.set_reduce_scatter_max_input_buffers(2)
-    assert mics.memory(model)["reductions"] == two
+        expect_step(world, model, plain)
+    with pytest.raises(RuntimeError, match="before the first forward"):
+        model.set_reduce_scatter_max_input_buffers(2)
     with pytest.raises(ValueError, match="at least one reduction"):
         model.set_reduce_scatter_max_input_buffers(0)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpt.model import GPT, GPTConfig
 from support.ranks import run_ranks
 from torch import nn
 
@@ -23,8 +24,6 @@ from torch_mics.planner._calibration import dump_calibration
 from torch_mics.planner._models import published_model
 from torch_mics.planner._report import explanation, plan_json, verdict
 from torch_mics.planner._workload import module_workload
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 class Block(nn.Module):
@@ -87,11 +86,6 @@ def test_the_rule_without_a_sample_counts_the_same_products() -> None:
 
 
 def test_the_gpt_of_the_examples_is_near_the_formula_of_its_shape() -> None:
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        from gpt.model import GPT, GPTConfig
-    finally:
-        sys.path.pop(0)
     config = GPTConfig(vocab_size=1024, layers=4, heads=4, width=128)
     with torch.device("meta"):
         model = GPT(config)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("matplotlib")
+
+import results
+from prediction import predicted_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 CALIBRATION = {
@@ -22,15 +23,6 @@ CALIBRATION = {
     "micro_steps": 2,
     "base": "none",
 }
-
-
-@pytest.fixture
-def results():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        yield importlib.import_module("results")
-    finally:
-        sys.path.pop(0)
 
 
 def record(seconds: list[float], **changes: Any) -> dict[str, Any]:
@@ -78,7 +70,7 @@ def write(
     (data / f"{name}.cluster.json").write_text(json.dumps(cluster))
 
 
-def test_a_comparison_joins_its_launches(results, tmp_path: Path):
+def test_a_comparison_joins_its_launches(tmp_path: Path):
     absent = record([], why_not="RuntimeError: it cannot")
     for launch, (ddp, ours) in enumerate([([1.0, 2.0], [2.0, 2.0]), ([1.0], [3.0])], 1):
         records = {"ddp": record(ddp), "ours@2": record(ours), "deepspeed_mics@2": absent}
@@ -97,7 +89,7 @@ def test_a_comparison_joins_its_launches(results, tmp_path: Path):
         assert (tmp_path / plot).stat().st_size > 1000
 
 
-def test_accumulation_is_paired_with_ours(results, tmp_path: Path):
+def test_accumulation_is_paired_with_ours(tmp_path: Path):
     for micro_steps in (1, 4):
         records = {
             "ddp": record([1.0, 1.0]),
@@ -114,7 +106,7 @@ def test_accumulation_is_paired_with_ours(results, tmp_path: Path):
     assert "| HSDP, replicas in every micro-step | 2.00 | 5.00 |" in page
 
 
-def test_weak_scaling_has_efficiencies_and_predictions(results, tmp_path: Path):
+def test_weak_scaling_has_efficiencies_and_predictions(tmp_path: Path):
     data = tmp_path / "data"
     shutil.copytree(ROOT / "docs/results/data", data, ignore=lambda *_: _other_than_calibration())
     alone = 4 * 2 * 3 * 0.15
@@ -137,8 +129,8 @@ def _other_than_calibration() -> set[str]:
     return {file.name for file in files if file.name != "calibration.json"}
 
 
-def test_predictions_have_the_compute_in_them_and_grow_without_hierarchy(results):
-    predicted = importlib.import_module("prediction").predicted_seconds
+def test_predictions_have_the_compute_in_them_and_grow_without_hierarchy():
+    predicted = predicted_seconds
     file = ROOT / "docs/results/data/calibration.json"
     launch = {"options": CALIBRATION, "world_size": 32, "ranks_per_node": 4}
     seconds = [predicted(file, launch, f"ours@{p}") for p in (4, 8, 16, 32)]
@@ -148,7 +140,7 @@ def test_predictions_have_the_compute_in_them_and_grow_without_hierarchy(results
     assert predicted(file, launch, "fsdp2") is None
 
 
-def test_the_page_in_docs_is_made_of_its_numbers(results, tmp_path: Path):
+def test_the_page_in_docs_is_made_of_its_numbers(tmp_path: Path):
     shutil.copytree(ROOT / "docs/results/data", tmp_path / "data")
     results.render(tmp_path)
     page = (tmp_path / "README.md").read_text()

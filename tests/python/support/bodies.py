@@ -245,6 +245,15 @@ def expect_gradients(
             assert error <= limit**2 * square, f"{name}: {error} of {square} from rank {first}"
 
 
+def expect_step(
+    world: World, model: nn.Module, plain: nn.Module, value: Value = value_of, limit: float = LIMIT
+) -> None:
+    """Runs forward and backward of both, and compares the gradients."""
+    value(model, world.rank).backward()
+    train_alone(plain, value)
+    expect_gradients(world, model, plain, limit)
+
+
 def expect_values(model: nn.Module, plain: nn.Module) -> None:
     """Compares the parameters, bit for bit. Collective."""
     right = dict(plain.named_parameters())
@@ -255,6 +264,15 @@ def expect_values(model: nn.Module, plain: nn.Module) -> None:
 
 def calls(model: nn.Module, name: str) -> int:
     return mics.traffic(model).get(f"{name}", {"calls": 0})["calls"]
+
+
+def units_of(model: nn.Module) -> set[frozenset[str]]:
+    """The names of the modules of each unit."""
+    units: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, mics.MiCSModule):
+            units.setdefault(id(module._unit), []).append(name)
+    return {frozenset(names) for names in units.values()}
 
 
 def fail_text(function: Callable[[], object]) -> str:

@@ -98,3 +98,7 @@ def loss(model: nn.Module, data: Batch) -> torch.Tensor:
     """Mean cross entropy of the next token, in fp32."""
     tokens, targets = data
     return F.cross_entropy(model(tokens).float().flatten(0, 1), targets.flatten())
+
+
+def first_loss(model: nn.Module, rank: int) -> torch.Tensor:
+    return loss(model, batch(0, 0, rank))

@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import functools
+import importlib
+import inspect
 import multiprocessing
 import os
 import pickle
@@ -20,6 +23,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 # Of ranks that hang. What none of them needs, on a machine with ten times the load either.
@@ -74,28 +78,43 @@ def _serve(rank: int, world_size: int, connection: Connection) -> None:
             # Gloo's thread may want the GIL for the last tensors, and must have had it before.
             time.sleep(0.01)
             dist.destroy_process_group()
+            _forget_meshes()
+
+
+def _forget_meshes() -> None:
+    """DTensor would take a mesh of a later process group for an equal one whose groups are gone."""
+    from torch.distributed.tensor import _redistribute
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()
+    _redistribute.clear_redistribute_planner_cache()
+    _redistribute._gen_transform_infos.cache_clear()
 
 
 def _context() -> multiprocessing.context.BaseContext:
     """Ranks are forked from a server that has imported the library and done nothing with it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch_mics", "torch.distributed.tensor", "support.models"])
+    # The first optimizer step of a process imports torch._dynamo: a second of each rank's time.
+    modules = ("torch_mics", "torch._dynamo", "torch.distributed.tensor", "pytest")
+    context.set_forkserver_preload([*modules, "support.models"])
     return context
+
+
+def start_process(target: Callable[..., None], *args: Any) -> BaseProcess:
+    """Starts a process that has the library imported, in less time than an interpreter takes."""
+    process = _context().Process(target=target, args=args, daemon=True)  # type: ignore[attr-defined]
+    process.start()
+    return process
 
 
 class _Pool:
     def __init__(self, world_size: int) -> None:
-        context = _context()
         self.connections: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
-            mine, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, world_size, theirs), daemon=True, name=f"rank{rank}"
-            )
-            process.start()
+            mine, theirs = _context().Pipe()
             self.connections.append(mine)
-            self.processes.append(process)
+            self.processes.append(start_process(_serve, rank, world_size, theirs))
 
     def close(self) -> None:
         for process in self.processes:
@@ -167,8 +186,38 @@ def run_ranks(
 ) -> list[Any]:
     """As run_outcomes, but gives the values and raises RankFailure if a rank raised."""
     outcomes = run_outcomes(world_size, function, *args, **options)
+    expect_success(outcomes)
+    return [outcome.value for outcome in outcomes]
+
+
+def on_each_rank(
+    check: Callable[[list[Outcome], dict[str, Any]], None], world_size: int, **options: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a test of `body(rank, ...)` that runs it on every rank, and looks at the outcomes.
+
+    `check` gets them and the arguments of the test.
+    """
+
+    def decorate(body: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(body)
+        def test(**arguments: Any) -> None:
+            where = (body.__module__, body.__name__)
+            check(run_outcomes(world_size, _run_body, *where, arguments, **options), arguments)
+
+        _, *others = inspect.signature(body).parameters.values()
+        test.__signature__ = inspect.Signature(others)  # type: ignore[attr-defined]
+        return test
+
+    return decorate
+
+
+def _run_body(rank: int, module: str, name: str, arguments: dict[str, Any]) -> None:
+    getattr(importlib.import_module(module), name).__wrapped__(rank, **arguments)
+
+
+def expect_success(outcomes: list[Outcome], arguments: object = None) -> None:
+    """Raises RankFailure if a rank raised."""
     failed = [(rank, o) for rank, o in enumerate(outcomes) if o.error_type is not None]
     if failed:
         traces = "\n".join(f"--- rank {rank}\n{outcome.trace}" for rank, outcome in failed)
-        raise RankFailure(f"{len(failed)} of {world_size} ranks raised:\n{traces}")
-    return [outcome.value for outcome in outcomes]
+        raise RankFailure(f"{len(failed)} of {len(outcomes)} ranks raised:\n{traces}")
