@@ -224,7 +224,15 @@ BEFORE: dict[str, Callable[[nn.Module], object]] = {
 @on_ranks(4, 2, cases=list(BEFORE))
 def test_writes_by_hand_are_seen_by_the_next_forward(world, before):
     residencies = ["default", "full"] + ["block"] * (world.partition_size == 4)
-    for write, residency in itertools.product(WRITES, residencies):
+    number = list(BEFORE).index(before)
+    cases = [
+        (write, residency)
+        for i, write in enumerate(WRITES)
+        for j, residency in enumerate(residencies)
+        # Else every two of the three meet.
+        if "MICS_WIDE" in os.environ or (i + j + number) % len(residencies) == 0
+    ]
+    for write, residency in cases:
         model, plain = twins(world, Stack, **RESIDENCIES[residency])
         for each in (model, plain):
             BEFORE[before](each)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from support.bodies import Layer, Stack, make, points
-from support.ranks import run_ranks
+from support.ranks import run_ranks, start_process
 
 import torch_mics as mics
 from torch_mics import _session
@@ -28,12 +26,7 @@ PATIENCE = datetime.timedelta(seconds=10)  # for the answers of the other ranks
 LIMIT = 120.0
 HANG = 600.0
 
-SCRIPT = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import test_lost_ranks
-test_lost_ranks.run(int(sys.argv[2]), sys.argv[3], sys.argv[4])
-"""
+WHAT = ("kill", "stop", "sleep", "fewer")
 
 
 def step(model: Any, rank: int, number: int, micro_steps: int = 1) -> None:
@@ -52,6 +45,7 @@ def wait_for(path: str, name: str, ranks: tuple[int, ...]) -> None:
 
 def run(rank: int, path: str, what: str) -> None:
     """One rank of a training in which rank 1 goes wrong after the second step."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     _session.PATIENCE = PATIENCE
     # Interpreters start at other times; the time-out is of the process group's start, too.
@@ -86,32 +80,32 @@ def run(rank: int, path: str, what: str) -> None:
         os._exit(3)
 
 
-def launch(tmp_path: Path, what: str) -> dict[int, tuple[float, str]]:
-    """Seconds until the error and its text, of every rank that ended with one."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    here = str(Path(__file__).parent)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, here, str(rank), str(tmp_path), what],
-            env=environment,
-            cwd=here,
-        )
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, tuple[float, str]]]:
+    """Seconds until the error and its text, of every rank that ended with one.
+
+    The trainings wait for their time-outs side by side.
+    """
+    paths = {what: tmp_path_factory.mktemp(what) for what in WHAT}
+    ranks = {
+        (what, rank): start_process(run, rank, str(path), what)
+        for what, path in paths.items()
         for rank in range(WORLD)
-    ]
+    }
     try:
-        for rank in range(WORLD):
+        for (what, rank), process in ranks.items():
             if rank != 1 or what == "fewer":
-                ranks[rank].wait(timeout=HANG)
+                process.join(timeout=HANG)
     finally:
-        for process in ranks:
+        for process in ranks.values():
             process.kill()
-            process.wait()
-    found = {}
-    for rank in range(WORLD):
-        file = tmp_path / f"error{rank}"
+            process.join()
+    found: dict[str, dict[int, tuple[float, str]]] = {what: {} for what in WHAT}
+    for what, rank in ranks:
+        file = paths[what] / f"error{rank}"
         if file.exists():
             seconds, _, text = file.read_text().partition("\n")
-            found[rank] = (float(seconds), text)
+            found[what][rank] = (float(seconds), text)
     return found
 
 
@@ -123,10 +117,9 @@ def launch(tmp_path: Path, what: str) -> dict[int, tuple[float, str]]:
         ("sleep", "finished, none issued, behind (others have issued "),
     ],
 )
-def test_other_ranks_end_and_say_where_everybody_was(tmp_path: Path, what: str, said: str):
-    errors = launch(tmp_path, what)
-    assert sorted(errors) == [0, 2, 3]
-    for seconds, text in errors.values():
+def test_other_ranks_end_and_say_where_everybody_was(errors: Any, what: str, said: str):
+    assert sorted(errors[what]) == [0, 2, 3]
+    for seconds, text in errors[what].values():
         assert seconds < LIMIT
         assert "gather/" in text
         assert "What each rank was doing" in text
@@ -135,10 +128,9 @@ def test_other_ranks_end_and_say_where_everybody_was(tmp_path: Path, what: str, 
         assert said in line
 
 
-def test_one_micro_step_less_on_one_rank_ends_all_and_names_the_hop(tmp_path: Path):
-    errors = launch(tmp_path, "fewer")
-    assert sorted(errors) == list(range(WORLD))
-    for seconds, text in errors.values():
+def test_one_micro_step_less_on_one_rank_ends_all_and_names_the_hop(errors: Any):
+    assert sorted(errors["fewer"]) == list(range(WORLD))
+    for seconds, text in errors["fewer"].values():
         assert seconds < LIMIT
         lines = {row.split(":")[0].strip(): row for row in text.splitlines()}
         # Rank 1 is at the boundary, where the others are not yet; they gather, and it does not.
