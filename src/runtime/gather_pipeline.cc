@@ -35,34 +35,24 @@ at::Tensor to_move(const at::Tensor& tensor) {
   }
 }
 
-bool is_legal(GatherState from, GatherState to) {
-  using enum GatherState;
-  if (to == kNone || to == from) return true;
-  switch (from) {
-    case kNone:
-      return to == kStarted;
-    case kStarted:
-      return to == kInUse || to == kRetained;
-    case kRetained:
-      return to == kInUse;
-    case kInUse:
-      return to == kKept || to == kResting || to == kRefreshing;
-    case kRefreshing:
-      return to == kInUse || to == kStarted || to == kRetained;
-    case kKept:
-      return to == kInUse || to == kResting || to == kStarted;
-    case kResting:
-      return to == kInUse || to == kRetained;
-  }
-  return false;
-}
+// By state, the next one; see the header. In the order of GatherState.
+constexpr bool kIsLegal[7][7] = {
+    // kNone kStarted kRetained kInUse kRefreshing kKept kResting
+    {true, true, false, false, false, false, false},  // kNone
+    {true, true, true, true, false, false, false},    // kStarted
+    {true, false, true, true, false, false, false},   // kRetained
+    {true, false, false, true, true, true, true},     // kInUse
+    {true, true, true, true, true, false, false},     // kRefreshing
+    {true, true, false, true, false, true, true},     // kKept
+    {true, false, true, true, false, false, true},    // kResting
+};
 
 }  // namespace
 
 void GatherPipeline::change_state(int index, GatherState next) {
-  MICS_INTERNAL_CHECK(is_legal(of(index).state, next), "a gather of unit \"", unit(index).name(),
-                      "\" goes from state ", static_cast<int>(of(index).state), " to ",
-                      static_cast<int>(next), ".");
+  MICS_INTERNAL_CHECK(kIsLegal[static_cast<size_t>(state(index))][static_cast<size_t>(next)],
+                      "a gather of unit \"", unit(index).name(), "\" goes from state ",
+                      static_cast<int>(of(index).state), " to ", static_cast<int>(next), ".");
   of(index).state = next;
 }
 

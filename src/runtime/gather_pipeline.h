@@ -16,8 +16,11 @@
 // kRetained    on their way, by an explicit request     kInUse; kNone by reshard() alone
 // kInUse       in the module; compute has waited        kKept, kResting, kNone, kRefreshing
 // kRefreshing  in the module; newer ones on their way   kInUse, kStarted, kRetained, kNone
-// kKept        kept for a recorded use                  as kStarted; kStarted when gathered again
-// kResting     kept until they are freed                as kRetained; kRetained when gathered again
+// kKept        kept for a recorded use                  kInUse, kResting, kStarted; kNone when not used
+// kResting     kept until they are freed                kInUse, kRetained; kNone by reshard() alone
+//
+// kKept goes to kStarted, and kResting to kRetained, when the parameters are gathered again because
+// the shard was written. Any other transition is an InternalError.
 //
 // Order duties, all by events:
 //   a gather reads the shard after compute wrote it       (order_after_shard_writes)

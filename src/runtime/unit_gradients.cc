@@ -24,20 +24,13 @@ at::Tensor chunk_of(const at::Tensor& buffer, const ParameterLayout& parameter) 
   return buffer.narrow(0, parameter.shard_offset, parameter.chunk_numel);
 }
 
-bool is_legal(GradientState from, GradientState to) {
-  using enum GradientState;
-  switch (from) {
-    case kNone:
-      return to == kAccumulated;
-    case kAccumulated:
-      return to == kAccumulated || to == kSynchronized;
-    case kSynchronized:
-      return to == kBoth || to == kNone;
-    case kBoth:
-      return to == kBoth || to == kSynchronized;
-  }
-  return false;
-}
+// By state, the next one; see the header. In the order of GradientState.
+constexpr bool kIsLegal[4][4] = {
+    {false, true, false, false},  // kNone
+    {false, true, true, false},   // kAccumulated
+    {true, false, false, true},   // kSynchronized
+    {false, false, true, true},   // kBoth
+};
 
 class ArrivalHook final : public torch::autograd::PostAccumulateGradHook {
  public:
@@ -78,9 +71,9 @@ void UnitGradients::lay_out() {
 }
 
 void UnitGradients::change_state(GradientState next) {
-  MICS_INTERNAL_CHECK(is_legal(state_, next), "gradients of unit \"", parameters_.unit_name(),
-                      "\" go from state ", static_cast<int>(state_), " to ", static_cast<int>(next),
-                      ".");
+  MICS_INTERNAL_CHECK(kIsLegal[static_cast<size_t>(state_)][static_cast<size_t>(next)],
+                      "gradients of unit \"", parameters_.unit_name(), "\" go from state ",
+                      static_cast<int>(state_), " to ", static_cast<int>(next), ".");
   state_ = next;
 }
 

@@ -39,17 +39,12 @@ bool is_full(const ShardLayout& layout, const UnitOptions& options) {
   return true;
 }
 
-bool is_legal(ParameterState from, ParameterState to) {
-  using enum ParameterState;
-  switch (from) {
-    case kSharded:
-    case kRegistered:
-      return to == kAttached;
-    case kAttached:
-      return to == kRegistered || to == kSharded;
-  }
-  return false;
-}
+// By state, the next one; see the header. In the order of ParameterState.
+constexpr bool kIsLegal[3][3] = {
+    {false, true, false},  // kSharded
+    {true, false, true},   // kAttached
+    {false, true, false},  // kRegistered
+};
 
 }  // namespace
 
@@ -70,8 +65,9 @@ UnitParameters::UnitParameters(const UnitOptions& options)
 UnitParameters::~UnitParameters() = default;
 
 void UnitParameters::change_state(ParameterState next) {
-  MICS_INTERNAL_CHECK(is_legal(state_, next), "unit \"", unit_name_, "\" goes from state ",
-                      static_cast<int>(state_), " to ", static_cast<int>(next), ".");
+  MICS_INTERNAL_CHECK(kIsLegal[static_cast<size_t>(state_)][static_cast<size_t>(next)], "unit \"",
+                      unit_name_, "\" goes from state ", static_cast<int>(state_), " to ",
+                      static_cast<int>(next), ".");
   state_ = next;
 }
 

@@ -1,7 +1,7 @@
 """Predicts time and memory of a training step, and searches the settings that make it fast.
 
-The models are the C++ core's (include/mics/step_model.h, memory_model.h, planner.h). Here are what they
-are fed with, workloads and calibrations, and what is made of their numbers.
+The models are the C++ core's (include/mics/model). Here are their inputs, workloads and calibrations, and
+what is made of their numbers.
 """
 
 from torch_mics.planner._bytes import predicted_bytes
@@ -9,8 +9,8 @@ from torch_mics.planner._calibration import Calibration, load_calibration
 from torch_mics.planner._chain import chain_seconds
 from torch_mics.planner._models import published_shapes
 from torch_mics.planner._plan import Plan, plan
-from torch_mics.planner._step_report import StepReport
-from torch_mics.planner._watch import StepWatch, report_after
+from torch_mics.report._step_report import StepReport
+from torch_mics.report._watch import StepWatch, report_after
 
 __all__ = [
     "Calibration",

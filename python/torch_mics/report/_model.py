@@ -45,6 +45,21 @@ def memory(model: nn.Module) -> dict[str, int]:
     return totals
 
 
+class _Memory(dict[str, int]):
+    """Bytes by part, with the names that parts had before."""
+
+    def __missing__(self, part: str) -> int:
+        if part != "beside the plan":
+            raise KeyError(part)
+        warnings.warn(
+            'mics.memory(model)["beside the plan"] is now ["unplanned"]; the old key goes with the '
+            "next version.",
+            FutureWarning,
+            stacklevel=2,
+        )
+        return self["unplanned"]
+
+
 def exposed(model: nn.Module) -> dict[str, dict[str, float]]:
     """Gives the seconds that this rank's training thread has waited for communication, by unit.
 
