@@ -44,7 +44,6 @@ class UnitGradients {
 
   [[nodiscard]] const ShardLayout& layout() const { return layout_; }
   [[nodiscard]] at::ScalarType reduce_dtype() const { return reduce_dtype_; }
-  [[nodiscard]] int num_trainable() const { return static_cast<int>(trainable_.size()); }
   // Elements of full gradients that cannot be reduced where autograd leaves them.
   [[nodiscard]] int64_t packed_numel() const;
 
@@ -55,7 +54,8 @@ class UnitGradients {
   [[nodiscard]] bool is_deferred() const { return is_deferred_; }
   // Moves the full gradients out, one per trainable parameter, each as [region_numel] in the reduce
   // dtype: autograd's own tensor where that fits, else its copy in memory from `pack(numel)`, which
-  // is called at most once. Parameters without a gradient on this rank give zeros.
+  // is called at most once. Parameters without a gradient on this rank give zeros. Makes next_sum(),
+  // so that its fill is ordered as the gradients are.
   [[nodiscard]] std::vector<at::Tensor> take_full(const std::function<at::Tensor(int64_t)>& pack);
   // Calls `arrived` when a full parameter gets a gradient. Only the first call counts.
   void watch(const std::function<void()>& arrived);
@@ -71,8 +71,9 @@ class UnitGradients {
   }
   // Undefined: none, or all of it is in the gradient block.
   [[nodiscard]] const at::Tensor& accumulated() const { return accumulated_; }
-  // Makes accumulated(); its values are undefined but for the layout's alignment gaps, which are
-  // zeros.
+  // The memory of accumulated(), there or to be. Its alignment gaps are zeros.
+  [[nodiscard]] const at::Tensor& next_sum() const { return next_sum_; }
+  // Makes accumulated() of next_sum(); its values are undefined.
   [[nodiscard]] const at::Tensor& new_accumulated();
   // The gradient block of RuntimeMemory holds a sum over micro-steps, over one node's ranks.
   [[nodiscard]] bool has_block() const { return has_block_; }
@@ -109,6 +110,7 @@ class UnitGradients {
   void note_sum();
   // Derives trainable_, layout_ and used_ from gradients_.
   void lay_out();
+  [[nodiscard]] int num_trainable() const { return static_cast<int>(trainable_.size()); }
   // Elements of the regions that do not fit autograd's own gradients.
   [[nodiscard]] int64_t count_unfit() const;
   [[nodiscard]] int trainable(int index) const { return trainable_[static_cast<size_t>(index)]; }
@@ -135,7 +137,8 @@ class UnitGradients {
 
   GradientState state_ = GradientState::kNone;
   at::Tensor separate_;      // memory for a sum beside the gradient; made when first needed
-  at::Tensor accumulated_;   // gradient_, separate_ or a tensor of its own
+  at::Tensor next_sum_;      // gradient_, separate_ or a tensor of its own
+  at::Tensor accumulated_;   // next_sum_, or undefined
   at::Tensor synchronized_;  // likewise, never the same as accumulated_
   bool has_block_ = false;
   bool is_deferred_ = false;  // the same on every rank, unlike has_full()

@@ -91,7 +91,8 @@ class UnitParameters {
   void attach(const at::Tensor& memory);
   // Nothing when sharded. A later use of the full parameters raises.
   void detach();
-  // Called when the modules must hold the parameters of a kind from here on.
+  // Called when the modules must hold the parameters of a kind from here on. When it throws they hold
+  // the sharded ones.
   void set_registration(std::function<void(ParameterKind)> registration);
   // Puts the parameters of `kind` into the modules. Nothing when they are there.
   void register_parameters(ParameterKind kind);

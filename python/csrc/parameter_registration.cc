@@ -21,17 +21,29 @@ void ParameterRegistration::add(py::dict parameters, py::str key, py::object sha
 
 void ParameterRegistration::apply(ParameterKind kind) {
   const py::gil_scoped_acquire gil;
+  const auto present_at = [](const Place& place) {
+    return PyDict_GetItemWithError(place.parameters.ptr(), place.key.ptr());
+  };
+  const bool is_full = kind == ParameterKind::kFull;
+  const auto swap_all = [&] {
+    for (const Place& place : places_) {
+      const py::object& former = is_full ? place.sharded : place.full;
+      if (present_at(place) != former.ptr()) continue;
+      const py::object& wanted = is_full ? place.full : place.sharded;
+      if (PyDict_SetItem(place.parameters.ptr(), place.key.ptr(), wanted.ptr()) != 0) {
+        throw py::error_already_set();
+      }
+    }
+  };
+  // An error leaves no mixture: the sharded ones go back in any case, the full ones come all or none.
+  if (!is_full) swap_all();
   for (const Place& place : places_) {
-    const PyObject* present = PyDict_GetItemWithError(place.parameters.ptr(), place.key.ptr());
+    const PyObject* present = present_at(place);
     MICS_CHECK(present == place.sharded.ptr() || present == place.full.ptr(),
                "a sharded parameter must not be replaced: got another tensor in place of \"",
                place.name, "\". Change its values instead, with copy_() or load_state_dict().");
-    const py::object& wanted = kind == ParameterKind::kFull ? place.full : place.sharded;
-    if (present == wanted.ptr()) continue;
-    if (PyDict_SetItem(place.parameters.ptr(), place.key.ptr(), wanted.ptr()) != 0) {
-      throw py::error_already_set();
-    }
   }
+  if (is_full) swap_all();
 }
 
 }  // namespace mics

@@ -26,6 +26,7 @@ class ParameterRegistration {
   void add(pybind11::dict parameters, pybind11::str key, pybind11::object sharded,
            pybind11::object full, std::string name);
   // Takes the GIL. Throws InvalidArgument when a place holds neither tensor: somebody replaced it.
+  // Then all other places hold the sharded parameters.
   void apply(ParameterKind kind);
 
  private:

@@ -461,7 +461,7 @@ void Engine::publish_gradients(const std::vector<int>& finished, const std::vect
   std::vector<std::vector<bool>> used_by_unit;
   auto flag = used.begin();
   for (const int index : finished) {
-    const auto last = flag + unit(index).gradients().num_trainable();
+    const auto last = flag + unit(index).gradients().layout().num_parameters();
     used_by_unit.emplace_back(flag, last);
     unit(index).gradients().publish(used_by_unit.back());
     flag = last;

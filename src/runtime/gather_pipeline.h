@@ -72,8 +72,8 @@ class GatherPipeline {
     ++num_boundaries_;
     accumulation_start_.reset();
   }
-  // Makes gathers that start from here on wait for what compute was given until now, if any shard
-  // may have been written since the last call.
+  // Makes gathers that start from here on wait for what compute was given until now, if a shard may
+  // have been written since the last call: at each new forward, as many writes move no counter.
   void order_after_shard_writes();
 
   // False, and nothing is done: no memory is free and `may_grow` is not set.

@@ -69,7 +69,7 @@ void ReducePipeline::zero_gaps(const Unit& unit, const at::Tensor& block) {
 void ReducePipeline::reduce(int index) {
   Unit& reduced = unit(index);
   UnitGradients& gradients = reduced.gradients();
-  if (gradients.num_trainable() == 0) return;
+  if (gradients.layout().num_parameters() == 0) return;
   digest_.note(StepDigest::Launch::kReduce, index);
   const c10::InferenceMode no_inference(false);
   const c10::NoGradGuard no_grad;
@@ -87,6 +87,7 @@ void ReducePipeline::reduce(int index) {
     return memory_->packed_gradients(slot, numel, gradients.reduce_dtype());
   });
   for (const at::Tensor& region : regions) streams_.compute->note_write(region);
+  if (!gradients.accumulated().defined()) streams_.compute->note_write(gradients.next_sum());
   if (streams_.frees_in_compute_order) {
     in_flight.gradients = regions;
     regions = borrow(regions);
@@ -112,6 +113,10 @@ void ReducePipeline::reduce_to_block(int index, int slot, const std::vector<at::
   const at::Tensor sum = gradient_block(index);
   const bool is_first = !gradients.has_block();
   const bool is_direct = is_first && sum.scalar_type() == gradients.reduce_dtype();
+  // A gradient that comes late, after hop 2 of the block in this backward, which may still read it.
+  if (is_first && gradients.state() == GradientState::kSynchronized) {
+    stream.wait(*state(index).accumulated);
+  }
   const at::Tensor block =
       is_direct ? sum : memory_->reduce_block(slot, sum.numel(), gradients.reduce_dtype());
   zero_gaps(reduced, block);

@@ -93,6 +93,9 @@ Slot* SlotPool::grow(int64_t nbytes, at::Device device) {
   add(allocate(nbytes, device));
   slots_.back().is_taken = true;
   slots_.back().is_planned = false;
+  // The allocator gives out memory in the order of compute, which may still read what was in it.
+  events_.note_write(slots_.back().memory);
+  events_.record(*slots_.back().free);
   return &slots_.back();
 }
 
@@ -152,7 +155,7 @@ void RuntimeMemory::plan_units(const std::vector<std::shared_ptr<Unit>>& units,
       block_sizes.push_back(unit.block_nbytes());
     }
     const UnitGradients& gradients = unit.gradients();
-    if (unit.accumulates_block() && gradients.num_trainable() > 0) {
+    if (unit.accumulates_block() && gradients.layout().num_parameters() > 0) {
       const int64_t numel = unit.num_nodes() * gradients.layout().shard_numel();
       cutter.ask(
           "gradient blocks", nbytes_of(numel, accumulation_dtype(gradients.reduce_dtype())),
@@ -179,7 +182,7 @@ void RuntimeMemory::plan_reductions(const std::vector<std::shared_ptr<Unit>>& un
   int64_t packed_nbytes = 0;
   for (const std::shared_ptr<Unit>& unit : units) {
     const UnitGradients& gradients = unit->gradients();
-    if (gradients.num_trainable() == 0) continue;
+    if (gradients.layout().num_parameters() == 0) continue;
     const at::ScalarType dtype = gradients.reduce_dtype();
     const int64_t numel = unit->num_nodes() * gradients.layout().shard_numel();
     block_nbytes = std::max(block_nbytes, nbytes_of(numel, dtype));

@@ -114,6 +114,7 @@ int64_t UnitGradients::count_unfit() const {
 
 std::vector<at::Tensor> UnitGradients::take_full(const std::function<at::Tensor(int64_t)>& pack) {
   is_deferred_ = false;
+  if (!next_sum_.defined()) next_sum_ = free_buffer();
   const int64_t packed_numel = count_unfit();
   const at::Tensor packed = packed_numel == 0 ? at::Tensor() : pack(packed_numel);
   int64_t offset = 0;
@@ -185,7 +186,8 @@ void UnitGradients::note_sum() {
 
 const at::Tensor& UnitGradients::new_accumulated() {
   note_sum();
-  accumulated_ = free_buffer();
+  if (!next_sum_.defined()) next_sum_ = free_buffer();
+  accumulated_ = next_sum_;
   return accumulated_;
 }
 
@@ -198,6 +200,7 @@ void UnitGradients::note_synchronized() {
   change_state(GradientState::kSynchronized);
   if (!synchronized_.defined()) synchronized_ = accumulated_;
   accumulated_.reset();
+  next_sum_.reset();
 }
 
 void UnitGradients::publish(const std::vector<bool>& is_used) {
@@ -245,6 +248,7 @@ void UnitGradients::drop() {
   for (const int index : trainable_) parameters_.full(index).mutable_grad().reset();
   is_deferred_ = false;
   accumulated_.reset();
+  next_sum_.reset();
   synchronized_.reset();
   has_block_ = false;
   state_ = GradientState::kNone;
@@ -269,6 +273,7 @@ void UnitGradients::change_trainable(const std::vector<at::Tensor>& gradients,
   gradient_ = std::move(gradient);
   lay_out();
   separate_.reset();
+  next_sum_.reset();
   const c10::NoGradGuard no_grad;
   const auto place_of = [&](int i) { return old_place[static_cast<size_t>(trainable(i))]; };
   for (at::Tensor* sum : {&accumulated_, &synchronized_}) {
@@ -280,6 +285,7 @@ void UnitGradients::change_trainable(const std::vector<at::Tensor>& gradients,
       chunk_of(*sum, layout_.parameter(i)).copy_(chunk_of(old, old_layout.parameter(place_of(i))));
     }
   }
+  if (accumulated_.defined()) next_sum_ = accumulated_;
   for (int i = 0; i < num_trainable(); ++i) {
     if (place_of(i) < 0) continue;
     used_[static_cast<size_t>(i)] = old_used[static_cast<size_t>(place_of(i))];

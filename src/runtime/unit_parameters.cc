@@ -107,8 +107,9 @@ void UnitParameters::set_registration(std::function<void(ParameterKind)> registr
 void UnitParameters::register_parameters(ParameterKind kind) {
   const bool wants_full = kind == ParameterKind::kFull;
   if (wants_full == (state_ == ParameterState::kRegistered)) return;
+  if (!wants_full) change_state(ParameterState::kAttached);
   if (registration_) registration_(kind);
-  change_state(wants_full ? ParameterState::kRegistered : ParameterState::kAttached);
+  if (wants_full) change_state(ParameterState::kRegistered);
 }
 
 int64_t UnitParameters::shard_version() const {

@@ -1,12 +1,15 @@
 // The runtime orders everything that conflicts, by events alone: proven on recorded schedules, and
 // the proof is shown to notice every edge that is missing.
 #include <ATen/ATen.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
 #include <gtest/gtest.h>
 
 #include <set>
 
+#include "runtime/reduce_pipeline.h"
+#include "runtime/runtime_memory.h"
 #include "support/chain_model.h"
 #include "support/schedule_recorder.h"
 
@@ -186,6 +189,71 @@ TEST(ScheduleChecker, MissingWaitIsNoticed) {
     EXPECT_GT(counts.first, 0) << kind;
   }
   for (const std::string& kind : kinds) EXPECT_EQ(noticed.count(kind), 1u) << kind;
+}
+
+constexpr World kTwoNodes = {2, 2, 4, true};
+
+// A write that moves no version counter, as those of foreach and fused optimizers do.
+TEST(ScheduleChecker, WriteThatNothingShowsIsOrderedBeforeTheNextGather) {
+  ScheduleRecorder recorder;
+  const std::shared_ptr<RuntimeStreams> streams = recorder.make_streams();
+  Model model([&](GroupInfo group) { return recorder.make_communicator(std::move(group)); },
+              streams, kTwoNodes, 0, 3, {}, {});
+  for (int step = 0; step < 3; ++step) {
+    model.forward_nested(testing::batch(0, 0)).sum().backward();
+    for (int layer = 0; layer < 3; ++layer) {
+      const at::AutoDispatchBelowADInplaceOrView no_version;
+      const c10::NoGradGuard no_grad;
+      model.sharded(layer).mul_(0.5);
+      streams->compute->note_write(model.sharded(layer));
+      model.sharded(layer).mutable_grad().reset();
+    }
+  }
+  EXPECT_EQ(check_order(recorder.entries()), "");
+}
+
+// An allocation is a write of compute: the allocator gives out what compute may still read.
+TEST(ScheduleChecker, GatherIntoAGrownSlotWaitsForCompute) {
+  ScheduleRecorder recorder;
+  Model model([&](GroupInfo group) { return recorder.make_communicator(std::move(group)); },
+              recorder.make_streams(), kTwoNodes, 0, 3, {}, {0, 0, 1});
+  for (int layer = 0; layer < 3; ++layer) model.engine().unshard(layer);
+  EXPECT_GT(model.engine().memory().num_grown(), 0);
+  EXPECT_EQ(check_order(recorder.entries()), "");
+}
+
+// `.grad` is kept from the step before, so the sum of this one needs other memory, which is filled.
+TEST(ScheduleChecker, SumBesideAVisibleGradientIsOrderedAfterItsFill) {
+  for (const Residency accumulation : {Residency::kShard, Residency::kBlock}) {
+    ScheduleRecorder recorder;
+    Model model([&](GroupInfo group) { return recorder.make_communicator(std::move(group)); },
+                recorder.make_streams(), kTwoNodes, 0, 3,
+                {Residency::kShard, Residency::kShard, accumulation}, {});
+    for (int step = 0; step < 3; ++step) {
+      model.forward_nested(testing::batch(0, step)).sum().backward();
+    }
+    EXPECT_EQ(check_order(recorder.entries()), "");
+  }
+}
+
+TEST(ScheduleChecker, LateGradientIsOrderedAfterHop2OfTheBlock) {
+  ScheduleRecorder recorder;
+  const std::shared_ptr<RuntimeStreams> streams = recorder.make_streams();
+  Model model([&](GroupInfo group) { return recorder.make_communicator(std::move(group)); },
+              streams, kTwoNodes, 0, 2, {Residency::kShard, Residency::kShard, Residency::kBlock},
+              {});
+  const std::vector<std::shared_ptr<Unit>>& units = model.engine().units();
+  StepDigest digest;
+  RuntimeMemory memory(units, {}, *streams->compute, 0);
+  ReducePipeline reduces(units, {}, *streams, digest);
+  reduces.set_memory(&memory);
+  for (int late = 0; late < 2; ++late) {
+    units[1]->parameters().full(0).mutable_grad() = at::ones({testing::kWidth, testing::kWidth});
+    reduces.reduce(1);
+    reduces.synchronize(1);
+  }
+  reduces.wait(1);
+  EXPECT_EQ(check_order(recorder.entries()), "");
 }
 
 // Of two ranks, one issues two operations of a communicator the other way round.
