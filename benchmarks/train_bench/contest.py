@@ -76,7 +76,7 @@ def one_process(
 
 
 def _over_ranks(values: list[float], how: Any) -> list[float]:
-    """The largest or the sum over all ranks, of each."""
+    """Gives the largest, or the sum, of each value over all ranks."""
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor, op=how)
     return tensor.tolist()
@@ -107,7 +107,7 @@ class Contest:
         }
 
     def turn(self, step: int, is_timed: bool) -> None:
-        """One step of every contestant, another first each time. Collective."""
+        """Runs one step of every contestant, starting with another one each time. Collective."""
         first = step % len(self._contestants)
         for contestant in self._contestants[first:] + self._contestants[:first]:
             if self.records[contestant.name].why_not:

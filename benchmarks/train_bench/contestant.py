@@ -24,7 +24,7 @@ class Setting:
 
     device: str = "cpu"
     policy: MixedPrecisionPolicy | None = None  # FSDP2, HSDP and ours take one
-    # For those that must know them when they are made:
+    # DeepSpeed asks for these when its engine is made:
     optimizer: Callable[[nn.Module], Any] | None = None
     micro_steps: int = 1
 
@@ -40,13 +40,13 @@ class Contestant:
     has_parity: bool = True  # trains as one process does
     optimizers: ModuleType = torch.optim  # where its optimizer is from
     optimizer: Any = None
-    may_fail: bool = False  # its failure in the first step is a result
-    why_not: str = ""  # why it could not be made
+    may_fail: bool = False  # when it raises in the first step, that is its result
+    why_not: str = ""  # the message, when it could not be made
     counted: Callable[[], tuple[int, int]] = lambda: (0, 0)  # bytes sent inside nodes, and across
     exposed: Callable[[], float] = lambda: math.nan  # seconds that this rank waited for others
 
     def backward(self, loss: torch.Tensor, micro_steps: int) -> None:
-        """Of one micro-step."""
+        """Runs the backward of one micro-step."""
         (loss / micro_steps).backward()
 
     def step(self) -> None:
@@ -55,7 +55,7 @@ class Contestant:
         self.optimizer.zero_grad()
 
     def gradient_norm(self) -> float:
-        """Of the whole gradient. Collective."""
+        """Gives the norm of the whole gradient. Collective."""
         square = torch.zeros((), dtype=torch.float64)
         for parameter in self.model.parameters():
             gradient = parameter.grad

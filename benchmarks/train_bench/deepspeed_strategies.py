@@ -16,7 +16,7 @@ from torch import nn
 
 
 class DeepSpeedContestant(Contestant):
-    """Its engine has backward and step of its own."""
+    """Trains by the engine's own backward and step."""
 
     def backward(self, loss: torch.Tensor, micro_steps: int) -> None:
         """The engine counts micro-steps itself and divides by their number."""
@@ -28,7 +28,7 @@ class DeepSpeedContestant(Contestant):
         self.model.step()  # type: ignore[operator]
 
     def gradient_norm(self) -> float:
-        """Of the whole gradient. Collective."""
+        """Gives the norm of the whole gradient. Collective."""
         from deepspeed.utils import safe_get_full_grad
 
         square = 0.0
@@ -45,7 +45,7 @@ def make_deepspeed(
     """ZeRO-3, or MiCS over groups of `shard_size`. Collective."""
     try:
         engine = _make_engine(model, shard_size, setting)
-    except Exception as error:  # whatever a peer raises is what is recorded
+    except Exception as error:  # whatever it raises is recorded
         return Contestant(name, model, copies=1, why_not=first_line(error))
 
     copies = dist.get_world_size() // (shard_size or dist.get_world_size())

@@ -1,4 +1,4 @@
-"""What was published beside plain throughputs, and whether the models reproduce it."""
+"""Published figures other than throughputs, and whether the models reproduce them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch_mics.published._runs import (
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """One published statement, the model's, and if they agree within the goal."""
+    """A published figure, what the models predict, and whether the two agree within the goal."""
 
     text: str
     published: str
@@ -31,7 +31,7 @@ class Claim:
 
 
 def all_claims(p3dn: Calibration, p4d: Calibration, p4de: Calibration) -> list[Claim]:
-    """Gives every claim; the calibrations are those that were fitted."""
+    """Compares every claim with the fitted calibrations."""
     return [
         _sweep_order(p3dn),
         _hierarchical_gain(p3dn),

@@ -15,7 +15,7 @@ _FITTED, _LEFT_OUT = "fitted", "left out"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A published run, its prediction, and if it was fitted or is left out of the means."""
+    """A published run, its prediction, and whether the fit has seen it."""
 
     run: Run
     predicted: float  # seconds per micro-step
@@ -32,7 +32,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Validation:
-    """Everything that was published, beside what the models say."""
+    """All published runs and claims, each with what the models predict."""
 
     calibrations: dict[str, Calibration]
     rows: list[Row]
@@ -104,7 +104,7 @@ class Validation:
 
 
 def validate() -> Validation:
-    """Fits the two instance types that have published runs, and predicts all of those."""
+    """Fits the two instance types that have published runs, and predicts all their runs."""
     calibrations = {
         fit.instance: fit_calibration(load_calibration(fit.instance), fit) for fit in FITS
     }
