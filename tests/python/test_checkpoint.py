@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from support.checkpoints import Counter, Run, run_at
+from support.errors import caught
 from support.models import batch
 from support.values import assert_same, whole
 from torch import nn
@@ -156,11 +157,7 @@ def test_only_the_first_replica_writes(tmp_path: Path, shard_size: int, writers:
 
 def _load_from(rank: int, shard_size: int, path: str) -> tuple[str, str]:
     run = Run(shard_size)
-    try:
-        run.state.load(path)
-    except FileNotFoundError as error:
-        return type(error).__name__, str(error)
-    return "", ""
+    return caught(lambda: run.state.load(path))
 
 
 @pytest.mark.parametrize("missing", ["metadata", "directory"])

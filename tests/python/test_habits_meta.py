@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+from support.bodies import fail_text
 from support.meta_models import (
     MODELS,
     RIGHT,
@@ -27,13 +28,16 @@ from support.meta_models import (
     differences,
     small,
 )
-from support.ranks import run_ranks
+from support.ranks import expect_success, on_each_rank, run_ranks
 from torch import nn
 
 import torch_mics as mics
 from torch_mics._standins import Slot
 
-# --- ties -----------------------------------------------------------------------------------------
+# --- construction ---------------------------------------------------------------------------------
+
+
+each_rank = on_each_rank(expect_success, 2)
 
 
 def run_recorded(rank: int, shard_size: int) -> dict[str, list[str]]:
@@ -111,7 +115,8 @@ class SeedsItself(Base):
         self.fourth = nn.Linear(4, 4)
 
 
-def run_streams(rank: int) -> list[str]:
+@each_rank
+def test_random_stream_goes_on_where_one_process_would(rank: int) -> None:
     torch.manual_seed(SEED)
     with mics.meta_device():
         first = SeedsItself()
@@ -120,11 +125,8 @@ def run_streams(rank: int) -> list[str]:
     model = nn.Sequential(first, second)
     mics.fully_shard(model, shard_size="world")
     mics.materialize(model)
-    return differences(model, build(lambda: nn.Sequential(SeedsItself(), nn.Linear(4, 4))))
-
-
-def test_random_stream_goes_on_where_one_process_would() -> None:
-    assert run_ranks(2, run_streams) == [[], []]
+    plain = build(lambda: nn.Sequential(SeedsItself(), nn.Linear(4, 4)))
+    assert differences(model, plain) == []
 
 
 # --- tensors outside the meta device --------------------------------------------------------------
@@ -172,7 +174,9 @@ def run_mixed(rank: int) -> None:
         assert all(not parameter.is_meta for parameter in model.parameters())
 
 
-def run_loaded_first(rank: int, recorded: bool) -> None:
+@pytest.mark.parametrize("recorded", [False, True])
+@each_rank
+def test_parameters_that_were_loaded_before_keep_their_values(rank: int, recorded: bool) -> None:
     with mics.meta_device() if recorded else torch.device("meta"):
         model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5))
     plain = build(lambda: nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5)))
@@ -188,11 +192,6 @@ def run_loaded_first(rank: int, recorded: bool) -> None:
     mics.materialize(model)
     assert differences(model[0], plain[0]) == []
     assert 0 < model[1].weight.full_tensor().std() < 1
-
-
-@pytest.mark.parametrize("recorded", [False, True])
-def test_parameters_that_were_loaded_before_keep_their_values(recorded: bool) -> None:
-    run_ranks(2, run_loaded_first, recorded)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -229,10 +228,7 @@ def run_init_fn(rank: int) -> str:
     with torch.device("meta"):
         model = SetsValues()
     mics.fully_shard(model, shard_size="world")
-    try:
-        mics.materialize(model, init_fn=fill_linear)
-    except ValueError as error:
-        text = str(error)
+    text = fail_text(lambda: mics.materialize(model, init_fn=fill_linear), ValueError)
     mics.materialize(model, init_fn=fill_all)
     assert all((value == 0.5).all() for value in mics.full_state_dict(model).values())
     return text
@@ -251,20 +247,13 @@ def partly(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def run_partly(rank: int) -> str:
+@on_each_rank(expect_success, 4)
+def test_parameter_written_in_part_is_named_on_every_rank(rank: int) -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 3))
     mics.fully_shard(model, shard_size="world")
-    try:
-        mics.materialize(model, init_fn=partly)
-    except ValueError as error:
-        return str(error)
-    return "nothing"
-
-
-def test_parameter_written_in_part_is_named_on_every_rank() -> None:
-    for text in run_ranks(4, run_partly):
-        assert "0.weight, 1.weight" in text
+    text = fail_text(lambda: mics.materialize(model, init_fn=partly), ValueError)
+    assert "0.weight, 1.weight" in text
 
 
 def run_fails(rank: int) -> str:
@@ -274,23 +263,16 @@ def run_fails(rank: int) -> str:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(3, 8))
     mics.fully_shard(model, shard_size="world")
-    try:
-        mics.materialize(model, init_fn=fails)
-    except ValueError as error:
-        assert all(parameter.is_meta for parameter in model.parameters())
-        return str(error)
-    return "nothing"
+    text = fail_text(lambda: mics.materialize(model, init_fn=fails), ValueError)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    return text
 
 
 def run_ignored(rank: int) -> str:
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 3))
     mics.fully_shard(model, shard_size="world", ignored_params={model[0].bias})
-    try:
-        mics.materialize(model)
-    except ValueError as error:
-        return str(error)
-    return "nothing"
+    return fail_text(lambda: mics.materialize(model), ValueError)
 
 
 def test_initialiser_that_raises_and_ignored_parameter_are_named() -> None:

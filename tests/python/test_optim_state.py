@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from support.bodies import Stack, World, make, on_ranks, points, shard
+from support.bodies import Stack, World, fail_text, make, on_ranks, points, shard
 from support.optimizers import (
     OPTIONS,
     Switched,
@@ -181,14 +180,6 @@ def test_a_copy_trains_on_alike(world: World):
 # --- errors ---------------------------------------------------------------------------------------
 
 
-def raised(function: Callable[[], object]) -> str:
-    try:
-        function()
-    except ValueError as error:
-        return str(error)
-    raise AssertionError("nothing was raised")
-
-
 @on_ranks(2)
 def test_state_that_is_cut_otherwise_is_refused(world: World):
     model = shard(world, make(Stack))
@@ -200,11 +191,11 @@ def test_state_that_is_cut_otherwise_is_refused(world: World):
     weight = model.head.weight
     state = optimizer.state[weight]
     state["exp_avg"] = state["exp_avg"].redistribute(placements=[Replicate(), Replicate()])
-    text = raised(optimizer.step)
+    text = fail_text(optimizer.step, ValueError)
     assert "the gradient and the state of a sharded parameter must be cut as it is" in text
     assert "got exp_avg of (Replicate(), Replicate()) for a parameter of shape (5, 6)" in text
     state["exp_avg"] = torch.zeros(5, 6)
-    assert "got exp_avg of Tensor" in raised(optimizer.step)
+    assert "got exp_avg of Tensor" in fail_text(optimizer.step, ValueError)
 
 
 @on_ranks(2)
@@ -212,4 +203,4 @@ def test_options_that_need_torchs_own_step_are_refused(world: World):
     model = shard(world, make(Stack))
     optimizer = ours("AdamW", model.parameters())
     optimizer.param_groups[0]["capturable"] = True
-    assert "capturable must be False in torch_mics.optim" in raised(optimizer.step)
+    assert "capturable must be False in torch_mics.optim" in fail_text(optimizer.step, ValueError)

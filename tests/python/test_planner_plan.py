@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from gpt.model import GPT, GPTConfig
+from support.bodies import fail_text
 from support.ranks import run_ranks
 from torch import nn
 
@@ -360,11 +361,7 @@ def _shard_auto(rank: int, calibration: str) -> tuple[int, str]:
     finally:
         del os.environ["MICS_CALIBRATION"]
     size = sum(unit.layout().shard_numel for unit in units_of(model) if unit.parameters)
-    try:
-        mics.shard_model(Model(), shard_size="auto")
-    except ValueError as error:
-        return size, str(error)
-    return size, ""
+    return size, fail_text(lambda: mics.shard_model(Model(), shard_size="auto"), ValueError)
 
 
 def test_auto_shards_over_what_fits(tmp_path: Path) -> None:

@@ -275,11 +275,11 @@ def units_of(model: nn.Module) -> set[frozenset[str]]:
     return {frozenset(names) for names in units.values()}
 
 
-def fail_text(function: Callable[[], object]) -> str:
-    """The message of the RuntimeError that `function` must raise."""
+def fail_text(function: Callable[[], object], kind: type[Exception] = RuntimeError) -> str:
+    """The message of the error that `function` must raise."""
     try:
         function()
-    except RuntimeError as error:
+    except kind as error:
         return str(error)
     raise AssertionError("nothing was raised")
 
