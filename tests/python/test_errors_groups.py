@@ -53,8 +53,7 @@ def test_shard_size_that_does_not_fit_the_nodes_lists_the_legal_ones():
 
 
 @pytest.mark.parametrize(
-    ("shard_size", "error_type"),
-    [("nodes", "ValueError"), (True, "TypeError"), (2.0, "TypeError")],
+    ("shard_size", "error_type"), [("nodes", "ValueError"), (True, "TypeError"), (2.0, "TypeError")]
 )
 def test_shard_size_of_another_kind_is_refused(shard_size: Any, error_type: str):
     expect(

@@ -87,13 +87,7 @@ def test_exception_on_all_ranks_leaves_the_next_step_bitwise_right(
     never_failed: dict[int, list[tuple[list[float], list[torch.Tensor]]]],
 ):
     results = run_ranks(
-        WORLD,
-        _train_past_an_exception,
-        raises_in,
-        remedy,
-        shard_size,
-        micro_step,
-        ranks_per_node=2,
+        WORLD, _train_past_an_exception, raises_in, remedy, shard_size, micro_step, ranks_per_node=2
     )
     for (losses, parameters), (right_losses, right) in zip(
         results, never_failed[shard_size], strict=True

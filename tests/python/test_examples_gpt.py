@@ -10,13 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpt.checkpoint import (
-    Progress,
-    check_same_run,
-    find_checkpoint,
-    mark_complete,
-    step_directory,
-)
+from gpt.checkpoint import Progress, check_same_run, find_checkpoint, mark_complete, step_directory
 from gpt.cluster import Cluster, name_simulated_node
 from gpt.config import ConfigError, TrainConfig, parse_config, validate
 from gpt.model import GPT, GPTConfig

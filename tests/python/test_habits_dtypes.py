@@ -8,15 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.bodies import (
-    WORLD,
-    expect_gradients,
-    make,
-    on_ranks,
-    points,
-    train_alone,
-    value_of,
-)
+from support.bodies import WORLD, expect_gradients, make, on_ranks, points, train_alone, value_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

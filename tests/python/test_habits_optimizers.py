@@ -287,9 +287,7 @@ def test_asynchronous_save_of_states_in_the_middle_of_training(world):
     saved = {n: p.detach().clone() for n, p in plain.named_parameters()}
     paths = world.gather(tempfile.mkdtemp())
     state = mics.checkpoint.TrainState(model, optimizer)
-    futures = [
-        dcp.async_save({"train": state}, checkpoint_id=paths[0] + "/train"),
-    ]
+    futures = [dcp.async_save({"train": state}, checkpoint_id=paths[0] + "/train")]
     futures[-1].result()
     futures.append(dcp.async_save(model.state_dict(), checkpoint_id=paths[0] + "/model"))
     step(model, optimizer, 0, 1)

@@ -149,12 +149,7 @@ CASES: dict[str, tuple[Callable[[Any], None], Any, tuple[str, ...], tuple[str, .
     "parts of two layers": (
         layers_share_a_weight,
         {Layer, nn.Linear},
-        (
-            *LAYERS,
-            *but(PARTS, "layers.0.up", "layers.2.up"),
-            "layers.0.up layers.2.up",
-            *OTHERS,
-        ),
+        (*LAYERS, *but(PARTS, "layers.0.up", "layers.2.up"), "layers.0.up layers.2.up", *OTHERS),
         ("are one unit",),
     ),
     "layer and its part": (
@@ -166,11 +161,7 @@ CASES: dict[str, tuple[Callable[[Any], None], Any, tuple[str, ...], tuple[str, .
     "circle": (
         circle,
         {Layer, nn.Linear},
-        (
-            "layers.2",
-            *but(PARTS, "layers.0.up", "layers.1.up"),
-            *OTHERS,
-        ),
+        ("layers.2", *but(PARTS, "layers.0.up", "layers.1.up"), *OTHERS),
         ("left to the root",),
     ),
     "size": (layers_share_a_weight, 49, ("layers.0.up layers.2.up", "layers.1.up"), ()),

@@ -113,17 +113,9 @@ UNITS: dict[str, tuple[Callable[[], Any], Any, set[frozenset[str]]]] = {
         unit_set(*(f"groups.{i}.{j}" for i in range(2) for j in range(2))),
     ),
     "auto, Sequential": (lambda: make(make_sequential), "auto", unit_set("1", "2", "3", "4 5")),
-    "auto, one block": (
-        lambda: make_gpt(blocks=1),
-        "auto",
-        unit_set("tokens", "positions"),
-    ),
+    "auto, one block": (lambda: make_gpt(blocks=1), "auto", unit_set("tokens", "positions")),
     "set": (make_gpt, {Block}, unit_set(*GPT_BLOCKS)),
-    "set of two": (
-        make_gpt,
-        {Block, nn.Embedding},
-        unit_set(*GPT_BLOCKS, "tokens", "positions"),
-    ),
+    "set of two": (make_gpt, {Block, nn.Embedding}, unit_set(*GPT_BLOCKS, "tokens", "positions")),
     "set, nested": (
         lambda: make(Stack),
         {Layer, nn.Linear},

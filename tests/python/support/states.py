@@ -8,9 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import torch_mics as mics
-from support.bodies import (
-    points,
-)
+from support.bodies import points
 
 OPTIMIZERS = {"AdamW": torch.optim.AdamW, "mics.AdamW": mics.optim.AdamW}
 
