@@ -121,6 +121,31 @@ def test_parameter_that_is_set_after_sharding_is_taken_or_named(world, kind):
         model(points(0))
 
 
+@on_ranks(4, 2, cases=["before the forward", "inside the forward"])
+def test_module_is_never_half_swapped(world, when):
+    model, plain = twins(world, Stack)
+    sharded = model.head.weight
+    others = [torch.ones(5, 6)]
+
+    def put_another(*_: Any) -> None:
+        if others:
+            model.head.weight = nn.Parameter(others.pop())
+
+    handle = model.head.register_forward_pre_hook(put_another)
+    if when == "before the forward":
+        put_another()
+    with pytest.raises(ValueError, match="must not be replaced: got another tensor in place of"):
+        model(points(0))
+    handle.remove()
+    ours = [p for name, p in model.named_parameters() if name != "head.weight"]
+    assert all(isinstance(parameter, DTensor) for parameter in ours)
+    model.head.weight = sharded
+    model.reset()
+    value_of(model, world.rank).backward()
+    train_alone(plain, value_of)
+    expect_gradients(world, model, plain)
+
+
 # --- what wraps a model ---------------------------------------------------------------------------
 
 

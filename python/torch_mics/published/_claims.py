@@ -209,39 +209,38 @@ def _memory_settings(gpus: int, partition: int, micro_batch: int) -> _C.StepSett
     )
 
 
+def _zero2_settings(n: int) -> _C.StepSettings:
+    settings = _memory_settings(n, n, 4)
+    settings.gather = FLAT
+    full = _C.Residency.FULL
+    settings.residency = _C.ResidencySettings(after_forward=full, between_microsteps=full)
+    return settings
+
+
 def _out_of_memory(p3dn: Calibration) -> list[Claim]:
     facts = published()["out_of_memory"]
-    limits = p3dn.limits()
-    cluster = p3dn.cluster(0)
-
-    def smallest(model: str) -> int | None:
-        for p in (8, 16, 32, 64, 128):
-            settings = _memory_settings(128, p, 8)
-            memory = _C.step_memory(published_model(model), cluster, settings, limits)
-            if _C.fits(memory, limits):
-                return p
-        return None
-
-    zero2_limits = p3dn.limits()
+    limits, zero2_limits = p3dn.limits(), p3dn.limits()
     zero2_limits.state_nbytes = 14
     zero2_limits.bucket_nbytes = 2e9  # two buckets of 5e8 elements
 
-    def smallest_zero2(model: str) -> int | None:
-        for n in (16, 32, 64, 128):
-            settings = _memory_settings(n, n, 4)
-            settings.gather = FLAT
-            full = _C.Residency.FULL
-            settings.residency = _C.ResidencySettings(after_forward=full, between_microsteps=full)
-            memory = _C.step_memory(published_model(model), cluster, settings, zero2_limits)
-            if _C.fits(memory, zero2_limits):
-                return n
+    def smallest(
+        model: str, candidates: dict[int, _C.StepSettings], limits: _C.MemoryLimits
+    ) -> int | None:
+        for size, settings in candidates.items():
+            memory = _C.step_memory(published_model(model), p3dn.cluster(0), settings, limits)
+            if _C.fits(memory, limits):
+                return size
         return None
 
     def text(sizes: dict[str, int | None]) -> str:
         return ", ".join(f"{name} {size or 'none'}" for name, size in sizes.items())
 
-    ours = {model: smallest(model) for model in facts["smallest_partition"]}
-    zero2 = {model: smallest_zero2(model) for model in facts["zero2_smallest_gpus"]}
+    settings = {p: _memory_settings(128, p, 8) for p in (8, 16, 32, 64, 128)}
+    ours = {model: smallest(model, settings, limits) for model in facts["smallest_partition"]}
+    settings = {n: _zero2_settings(n) for n in (16, 32, 64, 128)}
+    zero2 = {
+        model: smallest(model, settings, zero2_limits) for model in facts["zero2_smallest_gpus"]
+    }
     return [
         Claim(
             "32 GB V100, micro-batch 8: smallest p that fits",
