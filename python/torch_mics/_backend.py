@@ -1,6 +1,6 @@
-"""What carries the collectives of groups, and what it promises of them; local and c10d among them.
+"""Backends: what carries the collectives of groups, and with which properties. Here: local and c10d.
 
-A role is what a communicator carries ("gather/intra"); every rank of the world has a group for it.
+A role is the purpose of a communicator ("gather/intra"); every rank of the world is in a group for it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Properties:
     sum_order: str = "rank order"
     precision: str = "fp32, rounded once"  # of sums
     groups_launches: bool = True  # the tensors of one call are one launch, without a copy
-    registers_memory: bool = False  # it can prepare the runtime's memory for the network
+    registers_memory: bool = False  # it can register the runtime's memory with the network
 
 
 class Backend(abc.ABC):
-    """Makes communicators; one object for all models of a session."""
+    """Makes communicators. A session has one object of each backend, for all its models."""
 
     name: ClassVar[str]
     properties: ClassVar[Properties] = Properties()
@@ -42,20 +42,20 @@ class Backend(abc.ABC):
         """Makes this rank's communicator of every role. Collective.
 
         Returns:
-            Communicators, and the reason for each role that this backend cannot carry; both for the same
-            roles on every rank.
+            The communicators, and the reason for each role that this backend cannot carry. Both have the
+            same roles on every rank.
         """
 
     def describe(self, why: str) -> str:
-        """Names what carries a communicator; `why` rules out what would come before this backend."""
+        """Names what carries a communicator; `why` says what ruled out the backends before this one."""
         return f"{self.name} ({why})"
 
     def close(self) -> None:  # noqa: B027
-        """Ends, with the process, what does not end with the last communicator; most have nothing."""
+        """Frees at the end of the process what outlives the last communicator; most backends: nothing."""
 
 
 def membership(role: str, groups: RankGroups, topology: _C.Topology) -> dict[str, Any]:
-    """Gives this rank's group of a role, as arguments that all makers of communicators have."""
+    """Gives this rank's group of a role, as arguments that every maker of communicators takes."""
     mine = dist.get_rank()
     ranks = next(group for group in groups if mine in group)
     nodes = [topology.node_of(rank) for rank in ranks]
@@ -91,7 +91,7 @@ class C10d(Backend):
         made = {}
         for role, groups in roles.items():
             member = membership(role, groups, topology)
-            # One per role: roles run on different streams, and a process group has one order.
+            # One per role: roles run on different streams, but a process group runs in one order.
             key = f"{role} {groups}"
             found = self._groups.get(key)
             if found is None:

@@ -1,4 +1,4 @@
-"""Compares the torch that the C++ core was built for with the torch at hand."""
+"""Compares the torch that the C++ core was built for with the one that is installed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def built_for_torch(library: pathlib.Path) -> str | None:
 
 
 def check_build(built_for: str | None, at_hand: str) -> None:
-    """Raises ImportError when the core was built for another torch than the one at hand.
+    """Raises ImportError when the core was built for another torch than the installed one.
 
     libtorch has no stable C++ interface, so a core built for another version fails later, with an
     undefined symbol or worse.
@@ -31,7 +31,7 @@ def check_build(built_for: str | None, at_hand: str) -> None:
 
 
 def check_import() -> None:
-    """Raises ImportError before the core is loaded when it is missing or does not fit."""
+    """Raises ImportError before the core is loaded when it is missing or was built for another torch."""
     spec = importlib.util.find_spec("torch_mics._C")
     if spec is None or spec.origin is None:
         raise ImportError(

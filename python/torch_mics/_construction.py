@@ -1,4 +1,4 @@
-"""meta_device: a meta device that remembers what constructors do."""
+"""meta_device: a meta device that records what constructors do."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray)
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What a meta tensor shows of its storage."""
+    """Where a meta tensor lies in its storage."""
 
     storage: int
     size: tuple[int, ...]
@@ -38,8 +38,8 @@ class Operation:
     """One operation of construction.
 
     Attributes:
-        state: the random state before it, when somebody has set it.
-        after: the random state after it, when it drew for a tensor outside the meta device.
+        state: the random state before it, if that was set since the last operation.
+        after: the random state after it, if it drew numbers for a tensor outside the meta device.
     """
 
     function: Any
@@ -51,7 +51,7 @@ class Operation:
 
 
 class MetaDevice:
-    """Stands for the meta device among an operation's arguments."""
+    """Stands for the meta device in the arguments of an operation."""
 
 
 class Construction:
@@ -60,7 +60,7 @@ class Construction:
     def __init__(self) -> None:
         self.operations: list[Operation] = []
         self.start = random_state()
-        # Held, so that no address is used twice; a meta storage has no memory.
+        # Kept alive, so that no address is used twice; a meta storage takes no memory.
         self.storages: dict[int, torch.UntypedStorage] = {}
         self._state = self.start
 
@@ -75,7 +75,7 @@ class Construction:
     def note(
         self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> None:
-        """Keeps an operation that has just run."""
+        """Records an operation that has just run."""
         flat_in = [v for v in tree_flatten((args, kwargs))[0] if isinstance(v, torch.Tensor)]
         flat_out = [v for v in tree_flatten(result)[0] if isinstance(v, torch.Tensor)]
         is_on_meta = any(v.is_meta for v in [*flat_in, *flat_out])
@@ -84,7 +84,7 @@ class Construction:
             return
         new = [v for v in flat_out if v.is_meta and self.view_of(v) is None]
         if is_on_meta and not new and not function._schema.is_mutable and not is_random:
-            return  # a view: what uses it knows where it lies
+            return  # a view: whatever uses it records where it lies
         state = None
         if is_random and is_on_meta and (now := random_state()) != self._state:
             state = self._state = now
@@ -109,14 +109,14 @@ class Construction:
 
 @contextlib.contextmanager
 def meta_device() -> Iterator[Construction]:
-    """`torch.device("meta")` that remembers what constructors do, for materialize().
+    """`torch.device("meta")` that records what constructors do, for materialize().
 
         with mics.meta_device():
             model = GPT()
 
-    materialize() then does it again on full tensors, with the random state of this place: the values are,
-    bit by bit, those of building the model without this, but that Hugging Face initialises after
-    construction. What constructors compute from values (`item()`, `if tensor:`) raises, as on every meta
+    materialize() then repeats it on full tensors, from the random state of this point: the values are, bit
+    for bit, those of a model that is built without this. Only Hugging Face's own initialisation runs later,
+    after all construction. Constructors that read values (`item()`, `if tensor:`) raise, as on every meta
     device.
     """
     construction = Construction()
@@ -138,7 +138,7 @@ def meta_device() -> Iterator[Construction]:
         stack.enter_context(_Recorder(construction))
         stack.enter_context(_FromData())
         yield construction
-    # Copied modules have registered nothing themselves: also what lies below.
+    # Copied modules have registered nothing themselves, so all modules below are searched too.
     found = {id(m): m for module in modules.values() for m in module.modules()}
     for module in found.values():
         for tensor in [*module._parameters.values(), *module._buffers.values()]:
@@ -160,7 +160,7 @@ class _Recorder(TorchDispatchMode):
 
 
 class _FromData(TorchFunctionMode):
-    """Lets values that come from Python be seen: the dispatcher sees no arguments of torch.tensor()."""
+    """Records values that come from Python: the dispatcher does not see the arguments of torch.tensor()."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -176,11 +176,11 @@ class _FromData(TorchFunctionMode):
 
 
 def random_state() -> bytes:
-    """Of the CPU."""
+    """Gives the random state of the CPU."""
     state: bytes = torch.get_rng_state().numpy().tobytes()
     return state
 
 
 def set_random_state(state: bytes) -> None:
-    """Of the CPU."""
+    """Sets the random state of the CPU."""
     torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))

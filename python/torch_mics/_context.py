@@ -26,7 +26,7 @@ def context_of(unit: ShardedUnit) -> Context | None:
 
 
 def contexts_of(units: list[ShardedUnit]) -> list[Context]:
-    """Lists the contexts of units, each once: several where modules have run without their root."""
+    """Lists the contexts of units, each once. There are several where modules ran without their root."""
     found = map(context_of, units)
     return list({id(context): context for context in found if context is not None}.values())
 
@@ -42,15 +42,15 @@ def release(units: list[ShardedUnit]) -> None:
 
 
 class Context:
-    """Made at the first forward of the root module; every rank makes it at the same time."""
+    """Units below a root, with their engine. All ranks make it together, at the root's first forward."""
 
     def __init__(self, root: nn.Module, root_unit: ShardedUnit) -> None:
         self.root_unit = root_unit
         self.units = units_of(root)
         for other_root in root_unit.modules[1:]:
-            # A root given as a list: all its modules are roots.
+            # The root was sharded as a list: all its modules are roots.
             self.units += [unit for unit in units_of(other_root) if unit not in self.units]
-        # Units whose own forward, or that of another root, ran before.
+        # Contexts of units that have run before, by themselves or below another root.
         older = contexts_of(self.units)
         below = {id(unit) for unit in self.units}
         self.roots = [root_unit]
@@ -64,7 +64,7 @@ class Context:
         self.flight_log = session().flight_log() if dist.get_world_size() > 1 else None
         self.nccl_world = root_unit.groups.nccl_world()
         self.communicators: dict[_C.Variant, Communicators] = {}
-        # Of the units of older contexts, which keep theirs.
+        # Units of older contexts keep their communicators.
         self.other_communicators = [made for other in older for made in other.all_communicators()]
         for unit in self.units:
             if unit.handle is not None:
@@ -124,7 +124,7 @@ class Context:
         return depths
 
     def push_depths(self) -> None:
-        """Brings the engine to the root's depths. A collective: ranks that differ raise ValueError."""
+        """Sets the engine's depths to the root's. Collective; raises ValueError where ranks differ."""
         settings = self.root_unit.settings
         check_same("prefetch depths", [*settings.prefetch_depths, settings.reductions_in_flight])
         self.engine.set_depths(self._depths())
@@ -140,9 +140,9 @@ class Context:
             self.engine.set_prefetch(_C.Phase.BACKWARD, unit.index, indices(unit.backward_prefetch))
 
     def refresh(self) -> None:
-        """Follows parameters that were frozen or unfrozen. To be called before an outermost forward."""
+        """Adapts to parameters that were frozen or unfrozen. To be called before each outermost forward."""
         self._tell_of_order_changes()
-        # Without autograd nothing depends on it, and it may be set back before something does.
+        # Without autograd the flags do not matter, and may be set back before they do.
         if torch.is_grad_enabled() and not self.engine.matches_requires_grad():
             self.follow_requires_grad()
 
@@ -273,7 +273,7 @@ def _check_agreement(units: list[ShardedUnit]) -> None:
 
 
 def _checksum(shard: torch.Tensor) -> str:
-    """Tells shards apart by their bits: a weighted sum of them, modulo 2**64."""
+    """Hashes the bits of a shard: the weighted sum of its elements as integers, modulo 2**64."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32}.get(
         shard.element_size(), torch.int64
     )
@@ -282,6 +282,6 @@ def _checksum(shard: torch.Tensor) -> str:
         bits = shard.detach()[start : start + _CHECKSUM_CHUNK].view(integers).long()
         first = start * bits.numel() // max(1, min(_CHECKSUM_CHUNK, shard.numel() - start))
         places = torch.arange(first, first + bits.numel(), device=bits.device)
-        # Odd weights: no bit is lost. The constant is the golden ratio's, in 32 bits.
+        # Odd weights lose no bit. The constant is the golden ratio in 32 bits.
         total += int((bits * (2 * places * 0x9E3779B1 + 1)).sum())
     return f"{total % 2**64:x}"

@@ -1,4 +1,4 @@
-"""What a report of a problem needs to know of a machine: versions, devices, variables."""
+"""What a bug report must say about a machine: versions, devices, environment variables."""
 
 from __future__ import annotations
 

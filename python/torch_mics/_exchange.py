@@ -1,4 +1,4 @@
-"""Agreement of all ranks through the Store, before any collective could hang, and after one that failed."""
+"""Agreement of all ranks through the Store: before collectives that could hang, after those that failed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from torch_mics._C import TimeoutError as MicsTimeoutError
 
-# Ranks that wait for the same one give up within this time of each other.
+# Ranks that wait for the same missing rank time out within this time of each other.
 _ROLL_CALL = datetime.timedelta(seconds=3)
 
 
@@ -23,7 +23,7 @@ def operation_timeout() -> datetime.timedelta:
     """Gives the time-out of a collective: that of torch's default process group."""
     group = dist.group.WORLD
     assert group is not None
-    # A group for "nccl" alone has none for the CPU.
+    # A group with "nccl" alone has no backend for the CPU.
     devices = sorted(group._device_types, key=lambda device: device.type != "cpu")
     options = group._get_backend(devices[0]).options
     return getattr(options, "_timeout", c10d.default_pg_timeout)
@@ -71,14 +71,14 @@ def exchange(topic: str, value: str) -> list[str]:
 
 @contextlib.contextmanager
 def together(call: str) -> Iterator[None]:
-    """What every rank does, in a call with collectives. Every rank comes, and all learn of a failure.
+    """Wraps the body of a public call with collectives: every rank must come, and all learn of a failure.
 
     Args:
         call: name of the public function, for messages.
 
     Raises:
         TimeoutError: a rank did not make the call in time.
-        RuntimeError: it failed on another rank, whose message is given; own errors come as they are.
+        RuntimeError: the body failed on another rank, whose error is quoted. Own errors pass unchanged.
     """
     exchange(f"a call of {call}", "")
     with all_or_none(call):
@@ -87,7 +87,7 @@ def together(call: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def all_or_none(call: str) -> Iterator[None]:
-    """What every rank has begun; all raise when it fails on one, which must not leave others waiting."""
+    """Wraps what every rank has begun: if it fails on one, all raise, so that none is left waiting."""
     failure: Exception | None = None
     try:
         yield
@@ -107,7 +107,7 @@ def all_or_none(call: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming(call: str, ranks: list[int]) -> Iterator[None]:
-    """Says of a collective of torch that fails in `call` which of its ranks were not in it."""
+    """Names the ranks that were missing when one of torch's collectives fails in `call`."""
     try:
         yield
     except RuntimeError as error:
@@ -122,7 +122,7 @@ def naming(call: str, ranks: list[int]) -> Iterator[None]:
 
 
 def _roll_call(call: str, ranks: list[int]) -> list[int]:
-    """Those of `ranks` that do not say within a few seconds that `call` has failed for them too."""
+    """Gives those of `ranks` that do not report within a few seconds that `call` failed for them too."""
     store = dist.PrefixStore("torch_mics/failed", c10d._get_default_store())
     number = store.add(f"{call}/{dist.get_rank()}", 1)
     keys = {rank: f"{call}/{number}/{rank}" for rank in ranks}
@@ -166,7 +166,7 @@ def check_same(topic: str, value: Any) -> None:
     different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if not different:
         return
-    # The texts travel only when needed; every rank knows that it is needed.
+    # The full texts are exchanged only when some differ, which every rank knows by now.
     texts = exchange(f"{topic} in full", text)
     found = _first_difference(json.loads(texts[0]), json.loads(texts[different[0]]))
     assert found is not None, "digests differ but texts do not"

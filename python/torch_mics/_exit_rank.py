@@ -1,4 +1,4 @@
-"""exit_rank: ends a process whose collectives torch may still be letting go of."""
+"""exit_rank: ends a process while torch may still be releasing its last collectives."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch.distributed as dist
 
 
 def exit_rank(status: int = 0) -> NoReturn:
-    """Ends this rank at once: its output is written, nothing is destroyed, no atexit handler runs.
+    """Ends this rank at once: output is flushed, no object is destroyed, and no atexit handler runs.
 
-    A thread of Gloo lets go of the tensors of a script's last collectives, and needs the GIL for it. When
-    the interpreter ends meanwhile the process aborts; when a process group is destroyed meanwhile, by
+    A thread of Gloo releases the tensors of a script's last collectives, and needs the GIL for it. If the
+    interpreter ends meanwhile, the process aborts. If a process group is destroyed meanwhile, by
     destroy_process_group() or with the model that holds it, the process hangs. Call this as the last line,
-    where process group and models still exist. With `status` 0 it is collective: no rank takes its sockets
-    away while another is in a collective. See docs/errors.md#a-cpu-rank-aborts-or-hangs-at-its-end.
+    while process group and models still exist. With `status` 0 it is collective: no rank closes its sockets
+    while another is in a collective. See docs/errors.md#a-cpu-rank-aborts-or-hangs-at-its-end.
 
     Args:
-        status: of the process. Other than 0 waits for nobody.
+        status: exit status of the process. With any other than 0 it waits for no other rank.
 
     Raises:
-        RuntimeError: another rank has ended before, so that it cannot be waited for.
+        RuntimeError: another rank has already ended, so it cannot be waited for.
     """
     if status == 0 and dist.is_initialized():
         dist.barrier()

@@ -1,4 +1,4 @@
-"""find_units: which modules of a model are its units, in time linear in modules."""
+"""find_units: which modules of a model are its units, in time linear in their number."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Units = str | set[type[nn.Module]] | Callable[[nn.Module], bool] | int | list[nn
 def find_units(model: nn.Module, units: Units = "auto") -> list[list[nn.Module]]:
     """Lists the units below the root, inner ones first; modules of one list form one unit.
 
-    Tied parameters end up in one list, or in none (then the root has them).
+    Modules that tie a parameter end up in one list, or in none: then they are left to the root.
     """
     return find_and_explain(model, units, set())[0]
 
@@ -56,12 +56,12 @@ def find_and_explain(
         raise ValueError(f"units must be modules of the model: got {missing} from elsewhere.")
     inner = sorted(chosen, key=lambda module: -tree.order[id(module)])
     candidates = [*([module] for module in inner), *outer]
-    # Of modules that the caller has listed, fully_shard() refuses those that are tied to the root.
+    # Modules that the caller has listed are not left to the root: fully_shard() refuses them if tied to it.
     return join_units(tree, candidates, ignored, leaves_to_root=not isinstance(units, list))
 
 
 def _find_blocks(tree: Tree) -> list[nn.Module]:
-    """The repeated blocks: by name of class if the model says so, else by the largest ModuleList."""
+    """The repeated blocks: by the class names that the model lists, else those of the largest container."""
     names = set(getattr(tree.root, "_no_split_modules", None) or [])
     named = [m for m in tree.modules if type(m).__name__ in names and m is not tree.root]
     if named:
@@ -125,7 +125,7 @@ def _find_by_size(tree: Tree, minimum: int) -> list[nn.Module]:
 
 
 def has_forward(module: nn.Module) -> bool:
-    """False for a ModuleList or ModuleDict, which cannot be a unit."""
+    """Whether `module` can be a unit: a ModuleList or ModuleDict has no forward."""
     return type(module).forward is not nn.Module.forward
 
 
@@ -133,8 +133,8 @@ class Tree:
     """The modules of a model, each once, in the order of `modules()`.
 
     Attributes:
-        order: position by id.
-        names: by id; of a module in several places the first.
+        order: position of each module, by its id.
+        names: name of each module, by its id; the first one if it is in several places.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -145,7 +145,7 @@ class Tree:
         self.names = {id(module): name for name, module in named}
 
     def below(self, modules: Iterable[nn.Module]) -> set[int]:
-        """The ids of `modules` and all that is in them."""
+        """The ids of `modules` and of all modules inside them."""
         found: set[int] = set()
         waiting = list(modules)
         while waiting:
@@ -176,7 +176,7 @@ def _children(module: nn.Module) -> list[nn.Module]:
 
 
 class _Joined:
-    """Disjoint sets of chosen modules, each of them one unit. Modules are numbers; the root is ROOT."""
+    """Disjoint sets of chosen modules; each set is one unit. Modules are numbers, and the root is ROOT."""
 
     def __init__(self, number: int) -> None:
         self._above = list(range(number))
@@ -213,7 +213,7 @@ class _Regions:
             self._walk(number)
 
     def _find_holders(self) -> set[int]:
-        """The ids of the modules with parameters, at or below them, that belong to no chosen one below."""
+        """The ids of modules with parameters, at or below them, that no chosen module below them has."""
         holders: set[int] = set()
         parents: dict[int, list[nn.Module]] = collections.defaultdict(list)
         waiting: list[nn.Module] = []
@@ -269,8 +269,8 @@ def join_units(
 ) -> tuple[list[list[nn.Module]], list[str]]:
     """Joins candidates that share parameters, and leaves to the root those that share with it.
 
-    A module inside one that it is joined with is left to that. Gives the units, inner ones first, and
-    what was joined or left: lines of the start-up report.
+    A module inside another one of its unit is not listed by itself. Gives the units, inner ones first,
+    and lines for the start-up report: what was joined, and what was left to the root.
     """
     place_of: dict[int, int] = {}
     chosen: list[nn.Module] = []
@@ -302,7 +302,7 @@ def join_units(
     if leaves_to_root:
         left += [number for group in circular for number in members[group]]
     else:
-        order += circular  # fully_shard() refuses it
+        order += circular  # fully_shard() refuses them
     units = []
     for group in order:
         outermost = [
@@ -315,7 +315,7 @@ def join_units(
 
 
 def _innermost_first(regions: _Regions, places: dict[int, int]) -> tuple[list[int], list[int]]:
-    """Orders groups so that inner ones come first, else by place; also lists those in a circle."""
+    """Orders groups, inner ones first, else by place; also lists those that contain each other."""
     around: dict[int, set[int]] = {group: set() for group in places}
     num_inside = dict.fromkeys(places, 0)
     for number, parents in enumerate(regions.parents):
@@ -364,7 +364,7 @@ MAX_LISTED = 4
 
 
 def listed(names: list[str]) -> str:
-    """Writes the names in quotes; of many only the first."""
+    """Writes the names in quotes; of many only the first few."""
     different = list(dict.fromkeys(names))
     text = ", ".join(f'"{name}"' for name in different[:MAX_LISTED])
     more = len(different) - MAX_LISTED

@@ -1,4 +1,4 @@
-"""FirstValues: a model while its parameters get their first values, and how to undo that."""
+"""FirstValues: the state of a model while its parameters get first values, and how to undo that."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Buffer:
         return self.working._version - self.version if now is self.working else 1
 
     def record(self, tensor: torch.Tensor) -> None:
-        """Registers what construction has made."""
+        """Registers the tensor that a replayed construction has made."""
         self.working, self.version, self.is_recorded = tensor, tensor._version, True
         self.module._buffers[self.name] = tensor
 
@@ -83,11 +83,11 @@ class Loose:
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """Those that are on the meta device now."""
+        """Those of its tensors that are still on the meta device."""
         return _loose_tensors(self.module.__dict__.get(self.name))
 
     def put(self, value_of: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
-        """Puts values in place of meta tensors; None leaves one."""
+        """Replaces meta tensors by their values; one for which `value_of` gives None stays."""
 
         def replaced(value: Any) -> Any:
             found = value_of(value) if _is_loose(value) else None
@@ -113,7 +113,7 @@ class FirstValues:
     """Puts stand-ins and working buffers into the modules, and takes them out again.
 
     Attributes:
-        slots: of every parameter of every unit, by its identity; also those that have their values.
+        slots: one for every parameter of every unit, also for those that have their values.
         is_needed: something is on the meta device.
     """
 
@@ -162,7 +162,7 @@ class FirstValues:
         self.todo |= {id(buffer.module) for buffer in self.buffers if not buffer.is_kept}
 
     def _make_plain(self) -> None:
-        """Takes hooks and classes from the modules: initialisers may call them, or ask for the class."""
+        """Takes off hooks and sharded classes: initialisers may call modules, or ask for their class."""
         self._hooks = []
         self._classes = []
         for unit in self._all_units:
@@ -194,7 +194,7 @@ class FirstValues:
         return working
 
     def unrecorded(self) -> set[int]:
-        """Modules that hold tensors whose construction is not known."""
+        """Ids of the modules that hold tensors whose construction was not recorded."""
         slots = [slot for slot in self.slots if not slot.is_kept and not slot.is_recorded]
         buffers = [b for b in self.buffers if not b.is_kept and not b.is_recorded]
         places = [place for slot in slots for place in slot.parameter.places]
@@ -211,13 +211,13 @@ class FirstValues:
         )
 
     def finish_module(self, module: nn.Module) -> None:
-        """Cuts what is full, and takes what an initialiser has put in place of parameters."""
+        """Cuts full parameters to shards, and takes over tensors that an initialiser put in their place."""
         for slot in self.owned.get(id(module), []):
             slot.take_replaced(slot.parameter.places)
         self.values.cut_all()
 
     def finish(self) -> None:
-        """As finish_module(), of all modules."""
+        """As finish_module(), for all modules."""
         for slot in self.slots:
             slot.take_replaced(slot.parameter.places)
         self.values.cut_all()
@@ -228,7 +228,7 @@ class FirstValues:
         return f"{prefix}.{tensor}" if prefix else tensor
 
     def problems(self, *, checks_writes: bool) -> dict[str, list[str]]:
-        """Names what this rank has no values for, and what its constructor wrote to more often."""
+        """Names tensors that have no values here, and those that their constructor wrote more often."""
         modules: list[str] = []
         unwritten: list[str] = []
         rewritten: list[str] = []
@@ -284,7 +284,7 @@ class FirstValues:
         return len(slot.parameter.places) > 1
 
     def ambiguous(self) -> list[str]:
-        """Names tied parameters that the resets of several modules have written, and nothing since."""
+        """Names tied parameters whose values come from the resets of several modules."""
         return [
             self.name_of(slot.parameter.places[0].module, slot.parameter.places[0].name)
             for slot in self.slots
@@ -296,13 +296,13 @@ class FirstValues:
         ]
 
     def constructions(self) -> list[Construction]:
-        """What was recorded of the model, each once."""
+        """Lists the recorded constructions of the model, each once."""
         tags = [slot.parameter.marks.get("_mics_construction") for slot in self.slots]
         tags += [getattr(buffer.before, "_mics_construction", None) for buffer in self.buffers]
         return list({id(tag[0]): tag[0] for tag in tags if tag is not None}.values())
 
     def keep(self) -> None:
-        """Leaves the DTensors and the buffers in the modules."""
+        """Ends with the new values: registers the DTensors, and leaves the buffers in the modules."""
         self._leave()
         for slot in self.slots:
             slot.parameter.sharded.requires_grad_(slot.stand_in.requires_grad)

@@ -1,8 +1,8 @@
 """Optimizer state in flat tensors: which parameters of a unit one operation can step together.
 
 A segment is a group's parameters that lie next to each other in a unit's shard; their state lies in
-flat tensors spaced like the shard. A run is the part of a segment that steps alike now: each of its
-parameters has a gradient, in one buffer spaced like the shard, and has taken as many steps.
+flat tensors spaced like the shard. A run is a part of a segment that can be stepped at once now: each of
+its parameters has a gradient, in one buffer spaced like the shard, and all have taken as many steps.
 `optimizer.state` holds, per parameter, views of the flat tensors.
 """
 
@@ -28,13 +28,13 @@ STEP = "step"
 
 @dataclasses.dataclass
 class Run:
-    """Neighbours in a segment that step alike now, and their flat tensors."""
+    """Neighbours in a segment that can be stepped at once now, and their flat tensors."""
 
     is_new: bool  # the state had no value
     parameter: torch.Tensor
     gradient: torch.Tensor
     state: dict[str, torch.Tensor]
-    counters: slice  # of the counters of steps
+    counters: slice  # its part of the step counters
 
 
 class Segment:
@@ -57,7 +57,7 @@ class Segment:
         self.bound: list[tuple[dict[str, Any], str, torch.Tensor]] = []
 
     def runs(self, state: State, keys: tuple[str, ...], *, counts_steps: bool) -> list[Run]:
-        """Gives what can be stepped now, and puts views into `state` where it has none of ours.
+        """Gives the present runs, and puts our views into `state` where it holds other tensors or none.
 
         Args:
             state: of the optimizer.
@@ -69,7 +69,7 @@ class Segment:
         return list(self._find_runs(keys, is_new))
 
     def _bind(self, state: State, keys: tuple[str, ...], *, counts_steps: bool) -> list[bool]:
-        """Takes over the state of the parameters that have a gradient; says which had none."""
+        """Takes over the state of the parameters that have a gradient; says which had no state."""
         is_new = [False] * len(self.parameters)
         self.bound = []
         for index, gradient in enumerate(self.gradients):
@@ -156,7 +156,7 @@ class Group:
     segments: list[Segment]
     rest: list[torch.Tensor]
     runs: list[Run] = dataclasses.field(default_factory=list)
-    handles: list[Any] = dataclasses.field(default_factory=list)  # what the caller made of runs
+    handles: list[Any] = dataclasses.field(default_factory=list)  # make_handle() of each run
     steps: list[float] = dataclasses.field(default_factory=list)  # steps that each run has taken
 
 
@@ -169,7 +169,7 @@ class FlatState:
         self._groups: list[Group] = []
         self._counters = torch.zeros(0)
         self._is_stepped = self._counters  # 1 where the parameter is in a run
-        # What runs depend on, as it was.
+        # What the runs depend on, as it was when they were found.
         self._shards: list[tuple[weakref.ref[ShardedUnit], torch.Tensor]] = []
         self._keys: list[tuple[str, ...]] = []
         self._entries: list[dict[str, Any]] = []
@@ -259,7 +259,7 @@ class FlatState:
         self._read_steps()
 
     def _read_steps(self) -> bool:
-        """Gives each run its number of steps; False when its parameters differ in it."""
+        """Reads the number of steps of each run; False when parameters of one run differ in it."""
         counts = self._counters.tolist()
         for group in self._groups:
             group.steps = [counts[run.counters.start] for run in group.runs]
@@ -277,7 +277,7 @@ def are_same(left: Iterable[object], right: Iterable[object]) -> bool:
 
 
 def _distance(first: torch.Tensor, second: torch.Tensor) -> int | None:
-    """Elements from one to the other, when both are contiguous and lie in one buffer."""
+    """Elements from one to the other; None unless both are contiguous and lie in one buffer."""
     return _C.distance_between(first, second)
 
 
@@ -329,5 +329,5 @@ def _local_like(value: object, parameter: torch.Tensor, what: str) -> torch.Tens
 
 
 def _counter_dtype() -> torch.dtype:
-    """As torch's optimizers have it."""
+    """The dtype of step counters in torch's optimizers."""
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""Full state dicts: to rank 0 and from rank 0."""
+"""Full state dicts: gathered to rank 0, and loaded from rank 0."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def full_state_dict(
 ) -> dict[str, Any]:
     """Gathers the whole model as plain tensors, under the names of the unsharded model. Collective.
 
-    Names of a tied parameter have one tensor.
+    All names of a tied parameter refer to one tensor.
 
     Args:
         model: the sharded root module.
-        cpu_offload: tensors on the CPU, one gathered at a time on the device.
-        rank0_only: an empty dict on the other ranks. Needs cpu_offload, as in torch.
+        cpu_offload: put the tensors on the CPU; one at a time is full on the device.
+        rank0_only: give an empty dict on the other ranks. Needs cpu_offload, as in torch.
 
     Raises:
         ValueError: rank0_only without cpu_offload.
@@ -94,16 +94,16 @@ _MOVED_AS_BYTES = {
 def load_full_state_dict(
     model: nn.Module, state: dict[str, Any], *, broadcast: bool = True, strict: bool = True
 ) -> None:
-    """Loads plain, full tensors into a sharded model. Collective.
+    """Loads plain, full tensors into a sharded model; frees its full parameters. Collective.
 
     Args:
         model: the sharded root module.
-        state: names and tensors as of the unsharded model. With `broadcast` only rank 0 needs it.
+        state: full tensors by their names in the unsharded model. With `broadcast` only rank 0 needs it.
         broadcast: send rank 0's tensors to all; else every rank takes its rows of its own copy.
         strict: names must match exactly.
 
     Raises:
-        ValueError: names or shapes are those of another model; on every rank alike.
+        ValueError: on every rank: names or shapes are those of another model.
     """
     model = sharded_module(model, "load_full_state_dict")
     # A copy: torch renames and removes entries.
@@ -134,7 +134,7 @@ def _check_fits(model: nn.Module, state: dict[str, Any], *, broadcast: bool, str
         raise ValueError(f"the state dict must be one of this model: {first}.")
 
 
-# By name; None for what is no tensor, as extra state may be.
+# By name; None for what is not a tensor, as extra state may be.
 Shapes = dict[str, tuple[int, ...] | None]
 
 

@@ -32,8 +32,8 @@ from torch_mics._settings import (
 from torch_mics._state_dict_hooks import register_state_dict_hooks
 from torch_mics._unit import ShardedUnit
 
-# One subclass per module class, so that two sharded Linears have one type; by class, and whether its
-# modules hold parameters themselves.
+# One subclass per module class, so that all sharded Linears have one type. The key also says whether the
+# module holds parameters itself.
 _sharded_classes: dict[tuple[type[nn.Module], bool], type[nn.Module]] = {}
 
 Found = list[tuple[str, nn.Parameter, list[Place]]]
@@ -75,14 +75,14 @@ def fully_shard(
         ignored_params: parameters to leave alone; the caller keeps them in sync.
         dp_mesh_dims: must be None.
         shard_size: without a mesh: ranks per partition group; "node" (default), "world" or a number.
-        hierarchical_gather: across nodes first, then inside them; "auto": where a group spans nodes.
+        hierarchical_gather: gather across nodes first, then inside them; "auto": if a group spans nodes.
         accumulate: what set_requires_gradient_sync(False) means: "two_hop" reduces inside the
             partition group and keeps shards; "block" reduces inside the node, keeps a node block
             and crosses nodes once per step; "local" keeps full gradients, as FSDP2.
         keep_between_microsteps: what stays of the full parameters from one micro-step to the next:
             "shard" (nothing), "block" (the node block: nodes are crossed once per step) or "full".
             Every accumulation starts with a gather of the weights as they are.
-        prefetch_depths: (intra, rail), as set_prefetch_depths(); the root's holds for all.
+        prefetch_depths: (intra, rail), as set_prefetch_depths(); the root's value holds for all units.
 
     Returns:
         `module`, whose class is now a subclass of MiCSModule and of its own class.
@@ -115,7 +115,7 @@ def fully_shard(
     _move_to_device(modules, found, groups.device)
     units = []
     for parameters in _by_dtype(found):
-        # The methods of a module set what all its units have.
+        # A copy for each unit: the methods of the module set them on all its units.
         own = dataclasses.replace(settings)
         units.append(ShardedUnit(modules, groups, variant, policy, own))
         with torch.no_grad():
@@ -176,7 +176,7 @@ def _check_arguments(
 
 
 def _find_parameters(modules: list[nn.Module], ignored: set[nn.Parameter]) -> Found:
-    """Lists parameters that no unit below has, with every place that holds them."""
+    """Lists the parameters that belong to no unit below, each with every place that holds it."""
     found: dict[int, tuple[str, nn.Parameter, list[Place]]] = {}
     visited: set[int] = set()
 
@@ -229,7 +229,7 @@ def _problem_of(parameter: nn.Parameter) -> tuple[str, str, str] | None:
     kind = type(parameter).__name__
     if isinstance(parameter, UninitializedParameter):
         return "have a shape", kind, "Run a forward"
-    # A subclass says how it is gathered, or what its operations mean: its plain values are not it.
+    # A subclass defines how it is gathered or what its operations mean: plain values cannot replace it.
     bases = type(parameter).__mro__
     if nn.Parameter not in bases or hasattr(parameter, "fsdp_pre_all_gather"):
         extension = hasattr(parameter, "fsdp_pre_all_gather")
@@ -254,7 +254,7 @@ def _problem_of(parameter: nn.Parameter) -> tuple[str, str, str] | None:
 
 
 def _by_dtype(found: Found) -> list[Found]:
-    """Parts of one dtype each, first that of the trainable parameters. At least one, maybe empty."""
+    """Splits by dtype, that of the trainable parameters first. Gives at least one part, maybe empty."""
     parts: dict[torch.dtype, Found] = {}
     for entry in sorted(found, key=lambda entry: not entry[1].requires_grad):
         parts.setdefault(entry[1].dtype, []).append(entry)

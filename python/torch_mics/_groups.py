@@ -1,4 +1,4 @@
-"""The groups of a mesh, their communicators, and the table of what carries them."""
+"""The groups of a mesh, their communicators, and the table of backends that carry them."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ HierarchicalGather = bool | Literal["auto"]
 IntraBackend = Literal["auto", "shm", "c10d"]
 Reach = Literal["rank", "node", "nodes"]  # how far apart the members of a group may be
 
-# By device of the tensors and reach of the groups: the first that can carry a role does. c10d carries what
-# is on other devices, and where the user asks for it all that has more than one member.
+# By device of the tensors and reach of the groups: the first backend that can carry a role does. On other
+# devices that is c10d; if the user asks for c10d, it carries all groups of more than one rank.
 BACKENDS: dict[tuple[str, Reach], tuple[type[Backend], ...]] = {
     ("cpu", "rank"): (Local,),
     ("cpu", "node"): (Shm, C10d),
@@ -83,7 +83,7 @@ class Groups:
 
     @property
     def device(self) -> torch.device:
-        """Of this rank's shards."""
+        """The device of this rank's shards."""
         device = torch.device(self.mesh.device_type)
         return (
             torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
@@ -131,10 +131,10 @@ class Groups:
         return self._make({"control": [list(range(self.topology.world_size))]}).get("control")
 
     def _make(self, roles: Roles) -> Made:
-        """Makes this rank's communicator of every role; groups of one only inside a node. Collective.
+        """Makes this rank's communicator of every role; for groups of one only if it is intra. Collective.
 
         Raises:
-            ValueError: on every rank; shared memory was asked for and an intra-node group cannot use it.
+            ValueError: on every rank: shared memory was asked for, and an intra-node group cannot use it.
         """
         reach = {role: self._reach(groups) for role, groups in roles.items()}
         waiting = {r: g for r, g in roles.items() if reach[r] != "rank" or r.endswith("/intra")}
@@ -170,7 +170,7 @@ class Groups:
         return BACKENDS.get((self.mesh.device_type, reach), (C10d,))
 
     def _why_c10d(self, reach: Reach) -> str:
-        """What rules out other backends before they are asked."""
+        """Says what rules out the other backends before any of them is tried."""
         if reach == "rank":
             return "a group of one"
         if self.intra_backend == "c10d":
@@ -180,15 +180,15 @@ class Groups:
         return "a group has members on several nodes"
 
     def nccl_world(self) -> _C.NcclWorld | None:
-        """Gives this rank's world of NCCL for the caller to keep, or None. Collective when it is new."""
+        """Gives this rank's NCCL world, which the caller must keep, or None. Collective when it is new."""
         is_used = Nccl in self._choices("nodes") and self.topology.world_size > 1
         return session().nccl.world() if is_used else None
 
     def streams(self, device: torch.device) -> _C.RuntimeStreams:
-        """Gives the streams for shards on `device`: NCCL's, threads, or the caller's own one.
+        """Gives the streams for shards on `device`: NCCL's, threads, or the caller's own thread.
 
-        Without NCCL on the caller's thread in a world of one, where there is nothing to wait for, on other
-        devices than a CPU, and where MICS_STREAMS=inline.
+        Without NCCL, work runs on the caller's thread in a world of one, where there is nothing to wait
+        for, on other devices than a CPU, and where MICS_STREAMS=inline.
         """
         kind = os.environ.get("MICS_STREAMS", "threads")
         if kind not in ("inline", "threads"):
@@ -206,4 +206,4 @@ class Groups:
 
 
 def _no_groups() -> None:
-    """What Groups are in a file."""
+    """What unpickling gives in place of Groups."""

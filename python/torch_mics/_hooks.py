@@ -43,13 +43,13 @@ def register_hooks(unit: ShardedUnit) -> None:
 class _Guard:
     """Lets a module inside a unit run outside of the unit's own forward, or refuses it.
 
-    Inside another forward the unit is lent until the outermost one returns; outside of all nobody could
-    tell when its parameters may be freed.
+    Inside another forward the unit is lent until the outermost one returns. Outside of all forwards the
+    call is refused: nothing would tell when to free the parameters.
     """
 
     def __init__(self, unit: ShardedUnit, holders: list[nn.Module]) -> None:
         self._unit = unit
-        self._holders = holders  # modules of the unit that have the guarded one in them
+        self._holders = holders  # modules of the unit that contain the guarded one
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
@@ -168,7 +168,7 @@ def _close_open_groups(context: Context) -> None:
 
 
 class ForwardAdapter:
-    """What functions of torch.distributed.fsdp expect behind _get_fsdp_state().
+    """What functions of torch.distributed.fsdp expect from _get_fsdp_state().
 
     register_fsdp_forward_method calls _pre_forward and _post_forward. share_comm_ctx shares a _comm_ctx:
     all models share their streams here, so there is nothing to share.

@@ -8,7 +8,7 @@ import socket
 
 
 def host() -> str:
-    """Names the host by its name and boot id."""
+    """Identifies the host by its name and boot id."""
     boot_id = pathlib.Path("/proc/sys/kernel/random/boot_id")
     boot = boot_id.read_text().strip() if boot_id.exists() else "unknown boot"
     return f"{socket.gethostname()}/{boot}"

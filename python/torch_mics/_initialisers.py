@@ -27,13 +27,13 @@ def run_initialisers(
     init_fn: Callable[[nn.Module], None] | None,
     starts: list[bytes],
 ) -> None:
-    """Runs what one process would run, over stand-ins: construction, and then initialisation.
+    """Runs what one process would run, on stand-ins: first construction, then initialisation.
 
     Args:
         model: the root module.
-        values: its tensors.
+        values: its parameters and buffers.
         init_fn: takes the place of the model's own initialisers.
-        starts: the random state at each construction, of rank 0.
+        starts: rank 0's random state at the start of each construction.
     """
     order = _children_first(model)
     waiting = _with_work_below(order, values.todo)
@@ -65,7 +65,7 @@ def run_initialisers(
 
 
 def construct_again(model: nn.Module, values: FirstValues, missing: set[str]) -> None:
-    """Gives what only a constructor sets: those of Hugging Face can be called again, with the config."""
+    """Fills in what only constructors set: those of Hugging Face can be called again, with the config."""
     done: set[int] = set()
     for owner in model.modules():
         if not _is_framework_model(owner) or id(owner) in done:
@@ -78,7 +78,7 @@ def construct_again(model: nn.Module, values: FirstValues, missing: set[str]) ->
             with meta_device() as construction:
                 twin = original_class(owner)(copy.deepcopy(owner.config))
         except Exception:
-            continue  # what is missing is named
+            continue  # materialize() names what is still missing
         finally:
             torch.set_default_dtype(before)
         prefix = values.names[id(owner)]
@@ -180,13 +180,13 @@ def _with_work_below(order: list[nn.Module], todo: set[int]) -> list[nn.Module]:
 
 
 def _is_framework_model(module: nn.Module) -> bool:
-    """Hugging Face: initialize_weights() goes through sub-models with initialisers of their own."""
+    """Whether it is a Hugging Face model: initialize_weights() runs the initialisers of sub-models too."""
     names = ("initialize_weights", "_initialize_weights", "_init_weights")
     return all(callable(getattr(module, name, None)) for name in names)
 
 
 def _asked(model: nn.Module, frameworks: list[nn.Module]) -> dict[int, list[nn.Module]]:
-    """For each module, whose _init_weights() is asked, innermost first."""
+    """Gives, for each module, the modules whose _init_weights() is called on it, innermost first."""
     asked: dict[int, list[nn.Module]] = {}
 
     def visit(module: nn.Module, owners: list[nn.Module]) -> None:
@@ -215,7 +215,7 @@ def _own_reset(module: nn.Module) -> Callable[[], Any] | None:
 
 
 def _is_as_constructed(module: nn.Module, values: FirstValues) -> bool:
-    """Whether the constructor of `module` did no reset of its own: all below was written as often now."""
+    """Whether all below was written as often as in construction: then that did no reset of its own."""
     slots = [
         slot for m in module.modules() for slot in values.owned.get(id(m), []) if not slot.is_kept
     ]
@@ -226,7 +226,7 @@ def _is_as_constructed(module: nn.Module, values: FirstValues) -> bool:
 
 
 def _reset(module: nn.Module, values: FirstValues, *, always: bool) -> None:
-    """Asks the module; unless `always`, only when its constructor seems to have done so."""
+    """Calls the module's own reset; unless `always`, only when its constructor seems to have called it."""
     reset = _own_reset(module)
     if reset is None or (not always and _is_as_constructed(module, values)):
         return
@@ -253,7 +253,7 @@ def _run(initialise: Initialiser, module: nn.Module, values: FirstValues) -> Non
 
 @contextlib.contextmanager
 def _kept(values: FirstValues, slots: list[Slot]) -> Iterator[None]:
-    """Drops what is written to these meanwhile."""
+    """Drops what is written to `slots` inside."""
     slots = [slot for slot in slots if not slot.is_kept]
     values.values.cut_all()
     for slot in slots:
@@ -269,10 +269,10 @@ def _kept(values: FirstValues, slots: list[Slot]) -> Iterator[None]:
 def _initialise_framework_model(
     owner: nn.Module, values: FirstValues, built_here: list[nn.Module]
 ) -> None:
-    """Runs initialize_weights(), with what has values and the tied places marked as initialised.
+    """Runs initialize_weights(), with all that has its values marked as initialised.
 
-    The framework's constructors leave it out on the meta device. So it is due for all tensors of a module
-    built there, those too that the constructor made elsewhere (torch.FloatTensor(...)).
+    The framework's constructors skip it on the meta device. So it is due for all tensors of a module that
+    was built there, also for those that the constructor made elsewhere (torch.FloatTensor(...)).
     """
     below = {id(module) for module in owner.modules()}
     due = {id(m) for m in built_here if not getattr(m, "_is_hf_initialized", False)}
@@ -297,9 +297,9 @@ def _initialise_framework_model(
 
 @contextlib.contextmanager
 def _tied_apart(owners: list[nn.Module], values: FirstValues) -> Iterator[None]:
-    """A place that the framework ties gets a tensor of its own meanwhile, which is dropped.
+    """Inside, gives each place that the framework will tie a tensor of its own; drops it at the end.
 
-    One process initialises it before it is tied.
+    In one process, too, such a place is initialised before it is tied.
     """
     targets = {
         (id(module), name) for owner in owners for module, name in _places_tied_by_framework(owner)

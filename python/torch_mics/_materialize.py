@@ -30,11 +30,11 @@ def materialize(
 ) -> None:
     """Allocates the shards and gives them the values that building the model in one process gives.
 
-    What was built under meta_device() is built again, from the random state that rank 0 had there. Of
+    What was built under meta_device() is built again, from the random state that rank 0 had there. For
     the rest, every rank runs the initialisers on full parameters, from the random state that rank 0 has
-    now, and keeps its rows: the same for every partition size. A parameter is full as long as it is
-    worked on; together such parameters take no more than the largest unit. Parameters and buffers that
-    are not on the meta device keep their values. Collective.
+    now, and keeps its rows, so the values are the same for every partition size. A parameter is full only
+    while it is worked on; those that are full at a time take no more memory than the largest unit.
+    Parameters and buffers that are not on the meta device keep their values. Collective.
 
     Args:
         model: the sharded root module, wholly or partly on the meta device.
@@ -42,11 +42,11 @@ def materialize(
         init_fn: called with each module, children first. By default every module's
             reset_parameters(), then the model's own initialisation: initialize_weights() of Hugging
             Face, or `_init_weights(module)` for each module. With `init_fn`, reset_parameters() is
-            asked only for what it leaves.
+            called only for what it leaves unwritten.
 
     Raises:
         ValueError: no initialiser writes a tensor, or the constructor wrote to it more often than the
-            initialisers do. All are named, on every rank; nothing changed.
+            initialisers do. All such tensors are named, on every rank; nothing has been changed.
     """
     sharded_module(model, "materialize")
     units = units_of(model)

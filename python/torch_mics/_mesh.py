@@ -120,9 +120,9 @@ def init_mesh(
         device_type: "cuda" or "cpu"; by default "cuda" where there is one.
         gpus_per_node: ranks per node, instead of what the hosts say.
         intra_backend: what carries collectives inside a node. "shm": shared memory, for tensors on the
-            CPU; "c10d": torch's process groups, on CUDA between nodes too; "auto": shared memory where
+            CPU; "c10d": torch's process groups, on CUDA also between nodes; "auto": shared memory where
             all members of the groups can share it, on CUDA NCCL. The environment variable
-            MICS_INTRA_BACKEND comes first.
+            MICS_INTRA_BACKEND overrides this.
 
     Raises:
         ValueError: on every rank; the message lists the legal sizes, or the map of ranks to nodes.

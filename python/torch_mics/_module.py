@@ -84,7 +84,7 @@ class MiCSModule(FSDPModule):
         return result
 
     def extra_repr(self) -> str:
-        """Adds to the module's own line what its unit is."""
+        """Adds a summary of the unit to the module's own line."""
         unit = self._unit
         topology = unit.groups.topology
         num_parameters = sum(len(each.parameters) for each in unit.all)
@@ -117,19 +117,19 @@ class MiCSModule(FSDPModule):
     def set_reshard_after_forward(
         self, reshard_after_forward: bool | int, recurse: bool = True
     ) -> None:
-        """What forward frees: as the argument of fully_shard()."""
+        """Sets what forward frees; the values are those of fully_shard()."""
         self._resolve(
             "reshard_after_forward", resolve_reshard, reshard_after_forward, recurse=recurse
         )
 
     def set_keep_between_microsteps(self, keep: str, *, recurse: bool = True) -> None:
-        """What stays between micro-steps: as the argument of fully_shard()."""
+        """Sets what stays between micro-steps; the values are those of fully_shard()."""
         self._resolve("keep_between_microsteps", resolve_keep, keep, recurse=recurse)
 
     def set_reshard_after_backward(
         self, reshard_after_backward: bool, *, recurse: bool = True
     ) -> None:
-        """Whether backward frees the full parameters.
+        """Sets whether backward frees the full parameters.
 
         False keeps them from backward to the next forward of the same accumulation, which frees them as
         set_reshard_after_forward() says; set_keep_between_microsteps("full") keeps them in between too.
@@ -137,7 +137,7 @@ class MiCSModule(FSDPModule):
         self._set("reshard_after_backward", reshard_after_backward, recurse=recurse)
 
     def set_unshard_in_backward(self, unshard_in_backward: bool) -> None:
-        """Whether backward gathers this unit; False only if its backward needs no parameter."""
+        """Sets whether backward gathers this unit; False only if its backward needs no parameter."""
         self._set("unshard_in_backward", unshard_in_backward, recurse=False)
 
     def set_modules_to_forward_prefetch(self, modules: list[FSDPModule]) -> None:
@@ -149,18 +149,18 @@ class MiCSModule(FSDPModule):
         self._set_prefetch("backward_prefetch", modules)
 
     def set_prefetch_depths(self, *, intra: int, rail: int) -> None:
-        """How many units are prefetched in the recorded order; the root's value holds for all.
+        """Sets how many units to prefetch in the recorded execution order; the root's value holds for all.
 
-        More depth hides more communication and takes more memory. After the first forward a
-        collective, between steps.
+        Deeper prefetch hides more communication and takes more memory. After the first forward the
+        call is collective, and must come between steps.
 
         Args:
             intra: units whose full parameters are gathered ahead of their use; 1 by default.
-            rail: units whose node blocks are, at least `intra`; 2 by default.
+            rail: units whose node blocks are gathered ahead, at least `intra`; 2 by default.
 
         Raises:
-            ValueError: depths that are not 0 <= intra <= rail; during a step; or, on every rank, when
-                ranks differ.
+            ValueError: the depths are not 0 <= intra <= rail; it is called during a step; or, on every
+                rank, ranks differ.
         """
         self._set_depths("prefetch_depths", check_depths((intra, rail)), recurse=True)
 
@@ -182,7 +182,7 @@ class MiCSModule(FSDPModule):
             context.push_prefetch()
 
     def set_post_optim_event(self, event: torch.Event) -> None:
-        """Lets the next forward's gathers wait for `event`."""
+        """Makes the next forward's gathers wait for `event`."""
         self._unit.forward.post_optim_event = event
         self._unit.connect_hooks()
 
@@ -292,10 +292,10 @@ class MiCSModule(FSDPModule):
         """The name of reset() in FSDPModule."""
         self.reset()
 
-    # --- what has one answer here --------------------------------------------------------------------
+    # --- settings of FSDP2 that are fixed here -------------------------------------------------------
 
     def set_force_sum_reduction_for_comms(self, enable: bool) -> None:
-        """Reductions are always sums, scaled once in fp32; both values give that."""
+        """Has no effect: reductions are always sums, scaled once in fp32."""
 
     def set_keep_unsharded_storage(self, keep: bool, *, recurse: bool = True) -> None:
         """Refused when True: the buffer is freed by reshard()."""
@@ -320,14 +320,13 @@ class MiCSModule(FSDPModule):
     def set_reduce_scatter_max_input_buffers(
         self, max_input_buffers: int, *, recurse: bool = True
     ) -> None:
-        """How many reductions may be in flight at a time; 2 by default. The root's value holds for all.
+        """Sets how many reductions may be in flight; 2 by default. The root's value holds for all units.
 
-        More overlaps better where communication is slower than backward, and keeps more gradients.
-
-        After the first forward a collective, between steps.
+        More of them overlap better where communication is slower than backward, and hold more gradients.
+        After the first forward the call is collective, and must come between steps.
 
         Raises:
-            ValueError: below 1; during a step; or, on every rank, when ranks differ.
+            ValueError: it is below 1; it is called during a step; or, on every rank, ranks differ.
         """
         if max_input_buffers < 1:
             raise ValueError(
@@ -357,7 +356,7 @@ class MiCSModule(FSDPModule):
         _refuse("set_symm_mem_for_comm", True, "set MICS_NCCL_REGISTRATION=windows on every rank")
 
     def _set_unshard_async_op(self, async_op: bool) -> None:
-        """Gathers always run beside compute, on streams of their own; both values give that."""
+        """Has no effect: gathers always run beside compute, on streams of their own."""
 
 
 def _refuse(method: str, asked: bool, remedy: str) -> None:
@@ -375,7 +374,7 @@ def _prefetch_units(modules: list[FSDPModule]) -> list[ShardedUnit]:
 
 
 def sharded_module(model: nn.Module, caller: str) -> nn.Module:
-    """Gives the sharded module that `model` is, or that torch.compile has wrapped in it.
+    """Gives `model` itself, or the sharded module that torch.compile has wrapped in it.
 
     Raises:
         TypeError: `model` is not sharded.

@@ -1,4 +1,4 @@
-"""The nccl backend: whether it can be used, the world that makes its communicators, and its end."""
+"""The nccl backend: whether it can be used, the world that makes its communicators, and its closing."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def options_from_environment() -> dict[str, Any]:
     """Reads options of NCCL from the environment, as arguments of NcclWorld. Collective.
 
     Raises:
-        ValueError: on every rank: the variables differ between ranks, or one has another value.
+        ValueError: on every rank: the variables differ between ranks, or one has no legal value.
     """
     texts = {variable: os.environ.get(variable) or None for variable in _OPTIONS}
     check_same("the environment", texts)
@@ -92,7 +92,7 @@ def options_from_environment() -> dict[str, Any]:
 
 
 class Nccl(Backend):
-    """NCCL for GPUs. All communicators of a rank come from one world, which those who use it keep."""
+    """NCCL for GPUs. All communicators of a rank come from one world, which its users keep alive."""
 
     name = "nccl"
     properties = Properties("NCCL's, by algorithm", "NCCL's", registers_memory=True)
@@ -104,8 +104,8 @@ class Nccl(Backend):
         """Gives this rank's world on torch's current device, for the caller to keep. Collective when new.
 
         Raises:
-            ValueError: on every rank: ranks share a GPU, run other versions of NCCL, or ask other things
-                of it.
+            ValueError: on every rank: ranks share a GPU, or differ in the version of NCCL or in its
+                options.
         """
         found = self._world() if self._world is not None else None
         if found is not None:

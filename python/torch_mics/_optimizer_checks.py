@@ -27,14 +27,14 @@ from torch_mics._unit import ShardedUnit, unit_of_parameter
 
 @functools.cache
 def install_optimizer_checks() -> None:
-    """Checks every optimizer's step in this process from now on; once."""
+    """Checks every optimizer's step in this process from now on; later calls do nothing."""
     register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
 
 
 @contextlib.contextmanager
 def ignoring_steps_of(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Leaves alone the steps inside, which only make the optimizer's state."""
+    """Skips the checks of steps inside, which only create the optimizer's state."""
     optimizer.__dict__["_mics_is_ignored"] = True
     try:
         yield
@@ -47,7 +47,7 @@ def _before_step(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     if "_mics_is_ignored" in optimizer.__dict__:
         return None
-    # args has the optimizer itself where torch calls the hook.
+    # When torch calls the hook, args begin with the optimizer itself.
     place = 1 if args and args[0] is optimizer else 0
     closure = kwargs.get("closure") or (args[place] if len(args) > place else None)
     if closure is None or not units_of_optimizer(optimizer):

@@ -29,13 +29,13 @@ class Parameter:
     """One parameter of a unit.
 
     Attributes:
-        name: as found below the unit's first module.
+        name: its name below the unit's first module.
         sizes: of the full parameter.
         places: where modules hold it.
         sharded: the DTensor that the optimizer sees; its local tensor is a part of the shard.
-        marks: attributes of frameworks and users (_no_weight_decay): of every tensor that stands for it.
-        kept: this rank's rows while the shard is on the meta device, when the parameter was not.
-        source: the full parameter on the meta device, which tells how it was built; no memory.
+        marks: attributes of frameworks and users (_no_weight_decay), also put on tensors that replace it.
+        kept: this rank's rows, if the parameter had values while its shard is on the meta device.
+        source: the full parameter on the meta device, which knows how it was built; takes no memory.
     """
 
     name: str
@@ -48,18 +48,18 @@ class Parameter:
 
     @property
     def local(self) -> torch.Tensor:
-        """This rank's rows, a part of the shard; maybe none."""
+        """This rank's rows, a part of the shard; may have none."""
         return self.sharded._local_tensor  # type: ignore[attr-defined]
 
     def register(self, tensor: nn.Parameter) -> None:
-        """Lets the modules hold `tensor` in this parameter's places."""
+        """Puts `tensor` into this parameter's places in the modules."""
         for place in self.places:
             place.module._parameters[place.name] = tensor
 
 
 def copy_marks(marks: dict[str, Any], tensor: torch.Tensor) -> None:
     """Gives a tensor the attributes of the parameter that it stands for."""
-    # One by one: Dynamo follows this, and not an update of __dict__.
+    # One by one: Dynamo can trace this, but not an update of __dict__.
     for name, value in marks.items():
         if not name.startswith("_mics_"):
             setattr(tensor, name, value)
@@ -86,17 +86,17 @@ class ShardedParameters:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the shard."""
+        """The dtype of the shard."""
         return self.shard.dtype
 
     @property
     def parameter_dtype(self) -> torch.dtype:
-        """Of the full parameters."""
+        """The dtype of the full parameters."""
         return self.policy.param_dtype if self._casts and self.policy.param_dtype else self.dtype
 
     @property
     def reduce_dtype(self) -> torch.dtype:
-        """Of gradients on their way."""
+        """The dtype in which gradients are reduced."""
         return (
             self.policy.reduce_dtype
             if self._casts and self.policy.reduce_dtype
@@ -105,7 +105,7 @@ class ShardedParameters:
 
     @property
     def _casts(self) -> bool:
-        """Integers are codes, not numbers."""
+        """Whether the policy applies: integers are codes, not numbers, and are never cast."""
         return self.dtype.is_floating_point
 
     @property
@@ -114,7 +114,7 @@ class ShardedParameters:
         return self.groups.mesh.get_local_rank(self.groups.mesh.ndim - 1)
 
     def layout(self, chosen: list[bool] | None = None) -> _C.ShardLayout:
-        """Computes where each parameter lies, or where each one of those that are chosen does."""
+        """Computes where each parameter lies in a buffer of all of them, or of the `chosen` ones only."""
         chosen = chosen or [True] * len(self.parameters)
         return _C.ShardLayout(
             [list(p.sizes) for p, is_in in zip(self.parameters, chosen, strict=True) if is_in],
@@ -123,7 +123,7 @@ class ShardedParameters:
         )
 
     def gradient_layout(self) -> _C.ShardLayout:
-        """Where the gradient of each parameter that requires one lies."""
+        """Computes where the gradient of each parameter that requires one lies."""
         return self.layout([parameter.sharded.requires_grad for parameter in self.parameters])
 
     def _view(
@@ -203,12 +203,12 @@ class ShardedParameters:
             parameter.kept = None
 
     def replace(self, parameter: Parameter, local: torch.Tensor) -> None:
-        """Makes a new DTensor of `parameter`, over `local`; repack() lays it down in the shard."""
+        """Makes a new DTensor of `parameter`, over `local`; repack() moves it into the shard."""
         before = parameter.sharded
         sharded = nn.Parameter(
             self._wrap(local, parameter.sizes), requires_grad=before.requires_grad
         )
-        # nn.Parameter detaches, and with it the version counter that tells of writes.
+        # nn.Parameter detaches, which would lose the version counter that tells of writes.
         sharded._local_tensor = local  # type: ignore[attr-defined]
         sharded._mics_unit = self._reference  # type: ignore[attr-defined]
         before._mics_replaced = parameter.name  # type: ignore[attr-defined]
@@ -219,7 +219,7 @@ class ShardedParameters:
     def make_gradients(
         self, has_gradient: list[bool]
     ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """Gives the buffer that `.grad`s are views of, and what they will be; None where there is none."""
+        """Makes the gradient buffer, and the part of it that is the `.grad` of each parameter, or None."""
         layout = self.layout(has_gradient)
         gradient = torch.zeros(layout.shard_numel, dtype=self.dtype, device=self.shard.device)
         places = iter(range(len(self.parameters)))

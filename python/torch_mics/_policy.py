@@ -1,4 +1,4 @@
-"""Mixed precision: what is cast where, and where tensors are in what modules take and give."""
+"""Mixed precision: which dtype is used where, and the tensors in what modules take and return."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def cast_floating(value: Any, dtype: torch.dtype) -> Any:
     """Casts the floating point tensors in a nest of containers to `dtype`.
 
     Containers keep their types: those of Python with their subclasses, dataclasses, mappings, packed
-    sequences, and what is registered with torch's pytree. One in which nothing is cast is given back as
-    it is; the others are copied, not changed.
+    sequences, and what is registered with torch's pytree. One in which nothing is cast is returned
+    itself; others are copied, not changed.
     """
 
     def cast(leaf: torch.Tensor) -> torch.Tensor:
@@ -96,7 +96,7 @@ def _rebuild(value: Any, children: list[Any]) -> Any:
         for field, child in zip(_fields(value), children, strict=True):
             if child is getattr(value, field.name):
                 continue
-            if isinstance(value, dict):  # keeps attributes and items alike, as in transformers
+            if isinstance(value, dict):  # has each field as attribute and item, as in transformers
                 setattr(made, field.name, child)
             else:
                 object.__setattr__(made, field.name, child)  # frozen ones too
@@ -130,7 +130,7 @@ def _is_dataclass(value: Any) -> bool:
 
 
 def _fields(value: Any) -> list[dataclasses.Field[Any]]:
-    """Those that have a value: one without a default may have none yet."""
+    """Lists the fields that have a value: one without a default may not be set yet."""
     return [field for field in dataclasses.fields(value) if hasattr(value, field.name)]
 
 

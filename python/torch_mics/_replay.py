@@ -1,4 +1,4 @@
-"""Plays a construction again on full tensors, which go into the shards as soon as they are made."""
+"""Replays a construction on full tensors, whose rows go into the shards as soon as they are made."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _EMPTY = (
 
 
 class RandomStream:
-    """The states of one process that builds all constructions, one after the other.
+    """The random states of one process that runs all constructions, one after the other.
 
-    On the meta device nothing is drawn: the process comes back to a state that it has left. The stream
-    then goes on where it was.
+    On the meta device nothing is drawn, so a recording may return to a state that it has left. The replay
+    then goes on from where it left that state.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class RandomStream:
         self._noted: bytes | None = None
 
     def go_to(self, noted: bytes) -> None:
-        """Sets the state that belongs to the one noted on the meta device."""
+        """Sets the state that corresponds to the one noted on the meta device."""
         if noted == self._noted:
             return
         if self._noted is not None:
@@ -48,12 +48,12 @@ class RandomStream:
         self._noted = noted
 
     def is_at(self, noted: bytes) -> None:
-        """Says that the state now belongs to the one noted: both have drawn."""
+        """Says that the present state corresponds to the one noted: both processes have drawn."""
         self._noted = noted
 
 
 class Replay:
-    """One run of a construction, with the parameters and buffers that want their values from it."""
+    """One replay of a construction, with the parameters and buffers that take their values from it."""
 
     def __init__(self, construction: Construction, device: torch.device) -> None:
         self.construction = construction
@@ -64,7 +64,7 @@ class Replay:
         self._tensors: dict[int, torch.Tensor] = {}
 
     def give(self, slot: Slot, meta: torch.Tensor) -> bool:
-        """Lets `slot` have what `meta` becomes; False when it was not made here."""
+        """Lets play() fill `slot` with what `meta` becomes; False when `meta` was not made here."""
         view = self.construction.view_of(meta)
         if view is None:
             return False
@@ -78,7 +78,7 @@ class Replay:
         return True
 
     def keep(self, meta: torch.Tensor) -> bool:
-        """Holds what `meta` becomes, for tensor_of(); False when that is not known, or a parameter."""
+        """Lets play() keep what `meta` becomes; False when it was not made here, or is a slot's."""
         view = self.construction.view_of(meta)
         if view is None or view.storage in self._slots:
             return False
@@ -86,7 +86,7 @@ class Replay:
         return True
 
     def play(self, stream: RandomStream | None, start: bytes | None = None) -> None:
-        """Runs the operations: all in the stream's order, or without one those that are needed."""
+        """Runs the operations: all of them with a stream, without one only those that are needed."""
         operations = self.construction.operations
         if stream is None:
             operations = _needed(operations, {*self._slots, *self._kept})
@@ -109,7 +109,7 @@ class Replay:
             slot.cut()
 
     def tensor_of(self, meta: torch.Tensor) -> torch.Tensor:
-        """What a kept `meta` has become."""
+        """Gives the tensor that a kept `meta` has become."""
         view = self.construction.view_of(meta)
         assert view is not None
         return self._of(view)

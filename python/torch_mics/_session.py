@@ -1,4 +1,4 @@
-"""The session: what all models of one process share between init_process_group() and its end."""
+"""The session: what all models of one process share as long as a default process group lives."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ PATIENCE = datetime.timedelta(seconds=1.5)
 
 
 class Session:
-    """What models share, so that all use it in one order. A session keeps none of it alive."""
+    """What models share, so that all use it in one order. The models keep it alive, not the session."""
 
     def __init__(self) -> None:
         self.nccl = Nccl()
-        # In the order in which they are asked what they can carry.
+        # In the order in which they are tried.
         self.backends = (Local(), self.nccl, Shm(), C10d())
         self.streams: weakref.WeakValueDictionary[str, _C.RuntimeStreams] = (
             weakref.WeakValueDictionary()

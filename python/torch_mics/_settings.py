@@ -19,7 +19,7 @@ class Settings:
 
     reshard_after_forward: _C.Residency | None = None  # None: FULL for a root, SHARD for others
     keep_between_microsteps: _C.Residency = _C.Residency.SHARD
-    reshard_after_backward: bool = True  # False: as FSDP2, and nothing more is kept after forward
+    reshard_after_backward: bool = True  # False: kept until the next forward, as in FSDP2
     unshard_in_backward: bool = True
     requires_gradient_sync: bool = True
     requires_all_reduce: bool = True
@@ -38,7 +38,7 @@ class Settings:
         return {name: str(value) for name, value in words.items()}
 
     def write_to(self, target: _C.UnitSettings, *, is_root: bool, world_size: int) -> None:
-        """Brings the settings of a C++ unit up to these.
+        """Writes these settings to a C++ unit.
 
         What is kept between micro-steps is kept after forward too. The root, whose backward follows at
         once, frees nothing after forward unless asked to.
@@ -61,7 +61,7 @@ class Settings:
 
 
 def check_depths(depths: tuple[int, int]) -> tuple[int, int]:
-    """Gives the depths, or raises ValueError."""
+    """Gives the depths; raises ValueError unless 0 <= intra <= rail."""
     intra, rail = depths
     if not 0 <= intra <= rail:
         raise ValueError(
@@ -122,7 +122,7 @@ def resolve_keep(asked: object, topology: _C.Topology, variant: _C.Variant) -> _
 
 
 def resolve_accumulate(asked: str, topology: _C.Topology, variant: _C.Variant) -> str:
-    """Refuses what set_requires_gradient_sync(False) cannot mean here, by ValueError."""
+    """Gives `asked`; raises ValueError when it is unknown, or impossible with these groups."""
     if asked not in ("two_hop", "block", "local"):
         raise ValueError(f'accumulate must be "two_hop", "block" or "local": got {asked!r}.')
     if asked == "block":

@@ -33,11 +33,11 @@ def shard_model(
 ) -> Model:
     """Shards a whole model in place: each unit, then the root with what is left.
 
-    Units that hold one parameter, or one module with parameters, become one unit. Those that hold one
-    with the root, or with a unit around them, are left to it; where `units` is a list they are refused.
-    A unit may be used by others than its own forward: one whose child runs without it, or whose parameters
-    are read elsewhere, is lent, gathered from there until the outermost forward returns. describe() names
-    the units that were joined, left or lent.
+    Units that share a parameter, or a module with parameters, become one unit. Those that share one with
+    the root, or with a unit around them, are left to it; if `units` is a list, they are refused. A unit
+    may be used outside of its own forward, when a child runs by itself or its parameters are read
+    elsewhere: then it is lent, that is gathered there and kept until the outermost forward returns.
+    describe() names the units that were joined, left or lent.
 
     Args:
         model: any module.
@@ -76,7 +76,7 @@ def shard_model(
     ignored = ignored_params or set()
     found, notes = find_and_explain(model, units, ignored)
     for group in found:
-        # Each is told of its own: there may be as many as there are units.
+        # Each unit gets only its own ignored parameters, so that the time stays linear.
         inside = {p for module in group for p in module.parameters()} if ignored else set()
         fully_shard(
             group if len(group) > 1 else group[0], ignored_params=ignored & inside, **common

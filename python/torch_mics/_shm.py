@@ -1,4 +1,4 @@
-"""The shm backend: how ranks of one host come together in shared memory.
+"""The shm backend: the rendezvous of ranks of one host in shared memory.
 
 All groups of a role use the same backend, so that every rank knows without asking whether the others need
 a process group.
@@ -62,8 +62,8 @@ class Shm(Backend):
             for role, group in found.items()
             if group is not None and not group.has_failed
         }
-        # A rank may have collected a model that others still have, or have missed a failure: only what
-        # all ranks can use is used again.
+        # A rank may have freed a model that others still have, or have missed a failure: only what all
+        # ranks can use is used again.
         answers = exchange("open groups", json.dumps(list(usable)))
         common = set.intersection(*(set(json.loads(answer)) for answer in answers))
         new, failures = self._attach(

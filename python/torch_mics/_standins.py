@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from torch_mics._parameters import Parameter
 from torch_mics._unit import ShardedUnit
 
-# What can be told without the values.
+# What can be answered without the values.
 _SHAPE_QUESTIONS: set[Any] = {
     getattr(torch.Tensor, name)
     for name in (
@@ -39,7 +39,7 @@ _IS_META = torch.Tensor.is_meta.__get__  # type: ignore[attr-defined]
 
 
 class FullValues:
-    """The full parameters that exist at the moment: never more bytes than `budget`, or one parameter."""
+    """The full parameters that exist at the moment: at most `budget` bytes, or one parameter."""
 
     def __init__(self, device: torch.device, budget: int) -> None:
         self.device = device
@@ -47,7 +47,7 @@ class FullValues:
         self.held: dict[int, Slot] = {}
 
     def make_room(self, nbytes: int) -> None:
-        """Cuts the oldest full parameters until `nbytes` more fit. The same on every rank."""
+        """Cuts the oldest full parameters to shards until `nbytes` more fit. The same on every rank."""
         for slot in list(self.held.values()):
             if sum(other.nbytes for other in self.held.values()) + nbytes <= self.budget:
                 return
@@ -55,7 +55,7 @@ class FullValues:
                 slot.cut()
 
     def cut_all(self) -> None:
-        """Leaves shards only."""
+        """Cuts all full parameters to shards."""
         for slot in list(self.held.values()):
             slot.cut()
 
@@ -65,13 +65,13 @@ class Slot:
 
     Attributes:
         is_kept: it has its values; what is written to it is dropped.
-        is_incomplete: a part of it was never written, when it was last cut.
+        is_incomplete: when it was last cut, a part of it had never been written.
         is_touched: an initialiser has seen its values.
         is_recorded: it has the values of its recorded construction.
         is_determined: the framework's initialisation has written it, whatever the constructor did.
         writes: how often an initialiser has written to it.
-        reset_writes: of these, its own module's reset_parameters().
-        num_resets: by how many modules' reset_parameters() it was written.
+        reset_writes: how many of these are by its own module's reset_parameters().
+        num_resets: how many modules' reset_parameters() have written to it.
     """
 
     def __init__(
@@ -105,12 +105,12 @@ class Slot:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameter."""
+        """The parameter's dtype."""
         return self.parameter.sharded.dtype
 
     @property
     def nbytes(self) -> int:
-        """Of the full parameter."""
+        """The bytes of the full parameter."""
         return self.parameter.sizes.numel() * self.dtype.itemsize
 
     @property
@@ -134,7 +134,7 @@ class Slot:
         self.is_touched = True
 
     def load(self) -> torch.Tensor:
-        """Gives the full parameter: gathered, or poison as long as nobody wrote it. Collective."""
+        """Gives the full parameter: gathered, or poison as long as nothing was written. Collective."""
         if self.full is None:
             self.values.make_room(self.nbytes)
             if self.has_values:
@@ -150,10 +150,10 @@ class Slot:
         return self.full
 
     def is_viewed(self) -> bool:
-        """Whether somebody holds the full parameter, or a view of it, that may still be written."""
+        """Whether somebody still holds the full parameter, or a view of it, and may write to it."""
         assert self.full is not None
         storage = self.full.untyped_storage()
-        # Two are ours: the attribute and the argument, the attribute and `storage`.
+        # Two references are our own: the attribute and the argument; the attribute and `storage`.
         return sys.getrefcount(self.full) > 2 or torch._C._storage_Use_Count(storage._cdata) > 2
 
     def cut(self) -> None:
@@ -176,7 +176,7 @@ class Slot:
         self.has_values = True
 
     def apart(self) -> Slot:
-        """A slot like this one, whose values are dropped."""
+        """Gives another slot of this parameter, whose values are dropped."""
         other = Slot(self.values, self.unit, self._index, self.parameter, has_values=False)
         other.is_kept = True
         return other
@@ -202,7 +202,7 @@ class Slot:
 
 
 class StandIn(nn.Parameter):
-    """A parameter in the modules' eyes; every use of its values is answered by the full one."""
+    """A parameter as the modules see it; operations on its values run on the full parameter."""
 
     _slot: Slot
 
@@ -239,7 +239,7 @@ class StandIn(nn.Parameter):
 
 
 def poison(tensor: torch.Tensor) -> None:
-    """Fills with what no initialiser writes: a NaN of rare bits, a rare integer. Not for bool."""
+    """Fills with what no initialiser writes: a NaN of rare bits, or a rare integer. Sets bools to False."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.detach())
     bits = _POISON.get(tensor.dtype.itemsize)

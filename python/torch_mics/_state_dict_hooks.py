@@ -14,7 +14,7 @@ from torch_mics._unit import ShardedUnit
 
 
 def plain_name(name: str) -> str:
-    """The name in the model as it was before torch.compile or a checkpoint wrapper wrapped a module."""
+    """Gives the name that it had before torch.compile or a checkpoint wrapper wrapped a module."""
     return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 

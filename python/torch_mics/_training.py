@@ -22,7 +22,7 @@ def microbatch(model: nn.Module, *, is_last: bool) -> Iterator[None]:
     """One micro-step of an accumulation; the backward inside is a boundary only when `is_last`.
 
     Gradients are reduced inside the partition group in every micro-step and over the replicas at the
-    boundary. Until the boundary `.grad` is what it was before.
+    boundary. Until the boundary `.grad` stays as it was.
 
     Args:
         model: the sharded root module.
@@ -48,9 +48,9 @@ def clip_grad_norm_(
     """Scales gradients so that their norm over the whole model is at most `max_norm`.
 
     Works on the local shards, with one reduction over the partition group per mesh. Norms are taken
-    per parameter and then joined, as torch does, so that one process gets torch's bits; scaling takes
-    gradients that lie next to each other in a unit's buffer together. Plain parameters beside sharded
-    ones count once, as replicated.
+    per parameter and then joined, as torch does, so that one process gets torch's bits. Gradients that
+    lie next to each other in a unit's buffer are scaled by one operation. Plain parameters beside
+    sharded ones count once, as replicated.
 
     Args:
         parameters: sharded parameters, plain ones, or both.
@@ -89,7 +89,7 @@ def clip_grad_norm_(
             f"the gradient norm must be finite: got {total.item()} (norm_type={norm_type}). Skip the "
             "step, or pass error_if_nonfinite=False."
         )
-    # As torch: a factor of at most 1, multiplied without a look at its value.
+    # As torch: the factor is at most 1, and is applied without reading it on the host.
     factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
     for tensors in [*sharded.values(), plain]:
         joined = _C.join_neighbours(tensors)

@@ -18,7 +18,7 @@ from torch_mics._settings import Settings
 
 
 class UnitReference:
-    """A weak reference to a unit; a copy, and what is read from a file, refers to none.
+    """A weak reference to a unit. A copy of it, or one that is read from a file, refers to none.
 
     Weak, because the unit holds its parameters through the C++ core, where the garbage collector sees no
     cycle.
@@ -36,7 +36,7 @@ class UnitReference:
 
 @dataclasses.dataclass
 class Forward:
-    """What forwards of a unit's modules have to know of each other.
+    """What the forwards of a unit's modules must know about each other.
 
     Attributes:
         hooks: of the modules; a companion has none.
@@ -74,7 +74,7 @@ class ShardedUnit(ShardedParameters):
         self.variant = variant
         self.settings = settings
         self.name = type(modules[0]).__name__  # the context gives it its qualified name
-        self.notes: list[str] = []  # of shard_model() on its root: lines of the start-up report
+        self.notes: list[str] = []  # lines of the start-up report, set by shard_model() on its root
         # Frozen parameters of other dtypes, one unit per dtype, gathered and freed with this one.
         self.companions: list[ShardedUnit] = []
         self.forward = Forward()
@@ -151,7 +151,7 @@ class ShardedUnit(ShardedParameters):
     def change_trainable(self) -> None:
         """Follows parameters that were frozen or unfrozen; graphs and accumulations stay as they are.
 
-        A parameter that has a part of a gradient keeps its place until that is visible.
+        A parameter that has accumulated a part of its gradient keeps its place until that is visible.
         """
         assert self.handle is not None
         assert self.engine is not None
@@ -189,7 +189,7 @@ class ShardedUnit(ShardedParameters):
     def connect_hooks(self) -> None:
         """Lets forwards of this unit take the fast path through C++ when nothing needs the slow one.
 
-        To be called when anything that is asked here has changed.
+        To be called whenever something that it depends on has changed.
         """
         forward, policy = self.forward, self.policy
         if forward.hooks is None:
@@ -217,7 +217,7 @@ class ShardedUnit(ShardedParameters):
         return handle is not None and (handle.has_accumulated or handle.has_full_gradient)
 
     def push_settings(self) -> None:
-        """Brings the C++ unit up to the settings."""
+        """Writes the settings to the C++ unit."""
         if self.handle is not None:
             self.settings.write_to(
                 self.handle.settings,
@@ -227,7 +227,7 @@ class ShardedUnit(ShardedParameters):
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """Of the module before it was sharded."""
+    """Gives the class that a module had before it was sharded."""
     cls = type(module)
     return cls.__mro__[getattr(cls, "_orig_cls_mro_index", 0)]
 

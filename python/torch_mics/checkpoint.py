@@ -67,7 +67,7 @@ class TrainState(Stateful):
         return [] if self.optimizer is None else [self.optimizer]
 
     def state_dict(self) -> dict[str, Any]:
-        """Sharded, without communication."""
+        """Gives the state, sharded; no communication."""
         has_stepped = self.optimizer is not None and bool(self.optimizer.state)
         with _undisturbed(self.optimizer):
             model_state, optimizer_state = get_state_dict(self.model, self._optimizers())
@@ -80,7 +80,7 @@ class TrainState(Stateful):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes what state_dict() gave, at any sharding. Full parameters kept so far are freed."""
+        """Loads what state_dict() gave, at any sharding. Full parameters kept so far are freed."""
         with _undisturbed(self.optimizer, keeps_state=True):
             set_state_dict(
                 self.model,
@@ -99,7 +99,7 @@ class TrainState(Stateful):
         """Writes a checkpoint directory. Of equal shards only the first replica's is written.
 
         Raises:
-            RuntimeError: it failed on another rank; on every rank.
+            RuntimeError: it failed on a rank; raised on all ranks.
         """
         planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
         with together("TrainState.save"), _plain_errors("TrainState.save", path):
@@ -133,9 +133,9 @@ class TrainState(Stateful):
 
     @contextlib.contextmanager
     def _having_state_of(self, entries: dict[str, Any]) -> Iterator[None]:
-        """Lets the optimizer have a state of what has one in a checkpoint, and of nothing else.
+        """Lets the optimizer have state for exactly the parameters that have state in a checkpoint.
 
-        A parameter has none before its first gradient; torch expects one of each that requires gradients.
+        A parameter has none before its first gradient, but torch expects it of all that require gradients.
         """
         optimizer = self.optimizer
         if optimizer is None:
@@ -194,7 +194,7 @@ class TrainState(Stateful):
 
 @contextlib.contextmanager
 def _plain_errors(call: str, path: str | os.PathLike[str]) -> Iterator[None]:
-    """Says what went wrong on which rank; torch's CheckpointException is no Exception."""
+    """Raises RuntimeError with rank and cause: torch's CheckpointException is no Exception."""
     try:
         yield
     except CheckpointException as error:
@@ -206,7 +206,7 @@ def _plain_errors(call: str, path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 class _Older(Stateful):
-    """A TrainState as checkpoints had it that do not say whether the optimizer has stepped."""
+    """A TrainState for older checkpoints, which do not say whether the optimizer has stepped."""
 
     def __init__(self, present: TrainState) -> None:
         self._present = present
@@ -222,14 +222,14 @@ class _Older(Stateful):
 def _undisturbed(
     optimizer: torch.optim.Optimizer | None, *, keeps_state: bool = False
 ) -> Iterator[None]:
-    """Lets torch make the state that an optimizer has not made yet, and leaves no other trace of it.
+    """Lets torch create the state of an optimizer that has none yet, and undoes the side effects.
 
-    torch takes a step with gradients of zero, if there are none. Such a step counts, may run hooks, and in
-    some optimizers moves weights.
+    torch creates it by a step with zero gradients. Such a step counts, may run hooks, and in some
+    optimizers moves weights.
 
     Args:
         optimizer: any.
-        keeps_state: leave what torch has made.
+        keeps_state: leave the state that torch has created.
     """
     if optimizer is None or optimizer.state:
         yield
@@ -250,7 +250,7 @@ def _undisturbed(
         p.grad = None
     with ignoring_steps_of(optimizer), contextlib.ExitStack() as stack:
         if not keeps_state:
-            # A backward may follow whose forward has used the weights, which stay as they are.
+            # The values do not change in the end, so a backward after this must not see a new version.
             tensors = [p._local_tensor for p in parameters if isinstance(p, DTensor)]
             stack.enter_context(_unsafe_preserve_version_counter((*parameters, *tensors)))
         try:
@@ -268,7 +268,7 @@ def _undisturbed(
 
 
 def _drop_state(optimizer: torch.optim.Optimizer) -> None:
-    """Whoever holds tensors of the state keeps them: torch_mics.optim makes new ones the next time."""
+    """Clears the state; tensors of it that others hold stay: torch_mics.optim makes new ones next time."""
     optimizer.state.clear()
     optimizer.__dict__.pop("_mics_flat", None)
 
@@ -297,7 +297,7 @@ def export_safetensors(
         state = full_state_dict(model)
         with all_or_none("export_safetensors"):
             if dist.get_rank() == 0:
-                # What is tied stands under each of its names: the format shares no memory.
+                # Tied tensors are written under each of their names: the format shares no memory.
                 tensors: dict[str, torch.Tensor] = {}
                 seen: set[int] = set()
                 for name, value in state.items():

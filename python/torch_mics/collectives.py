@@ -1,10 +1,10 @@
-"""The collectives of a partition group, by themselves: what the runtime does for a unit, for one tensor.
+"""The collectives of a partition group on single tensors, run as the runtime runs them for a unit.
 
     groups = GroupCollectives(mics.init_mesh("world"))
     groups.all_gather(full, piece)       # full [p * n], piece [n]
     groups.reduce_scatter(piece, full)
 
-Over several nodes they take two hops: across nodes between ranks of the same place, and inside a node.
+Over several nodes they take two hops: between ranks with the same place in their nodes, and inside a node.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class GroupCollectives:
 
         Args:
             output: [size * numel], contiguous.
-            piece: [numel]; it may be this rank's place in `output` where there is one hop.
+            piece: [numel]; it may be this rank's part of `output` if there is one hop.
 
         Raises:
             ValueError: sizes or dtypes do not fit.

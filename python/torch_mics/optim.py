@@ -20,13 +20,13 @@ __all__ = ["SGD", "AdamW"]
 
 
 class _FlatOptimizer(torch.optim.Optimizer, abc.ABC):
-    """What both have in common; a class of torch.optim follows in the bases."""
+    """What AdamW and SGD have in common; their second base is the class of torch.optim."""
 
     _torch_class: Callable[[Any], torch.optim.Optimizer]
     _counts_steps: bool
 
     def _flat_state(self) -> FlatState:
-        # Made when needed: load_state_dict() and unpickling do not pass the constructor.
+        # Made when needed: unpickling and load_state_dict() bypass the constructor.
         if "_mics_flat" not in self.__dict__:
             self.__dict__["_mics_flat"] = FlatState(
                 self._make_handle, counts_steps=self._counts_steps
@@ -39,7 +39,7 @@ class _FlatOptimizer(torch.optim.Optimizer, abc.ABC):
 
     @abc.abstractmethod
     def _make_handle(self, run: Run) -> Any:
-        """The run as the C++ core takes it."""
+        """Makes the run's arguments for the C++ core."""
 
     @abc.abstractmethod
     def _step_group(self, group: dict[str, Any], flat: Group) -> None:

@@ -248,7 +248,7 @@ def test_report_names_lent_units(world):
     model = mics.shard_model(make(Reader), mesh=world.mesh)
     assert "lent: " not in mics.describe(model)
     model(points(world.rank))
-    assert 'lent: "head", used by others than their own forwards' in mics.describe(model)
+    assert 'lent: "head", used outside of their own forwards' in mics.describe(model)
 
 
 # --- cost -----------------------------------------------------------------------------------------

@@ -248,5 +248,5 @@ def test_a_single_process_is_watched_too(capsys: pytest.CaptureFixture[str]):
     mics.report_after(model, 2)
     train(model, mics.optim.AdamW(model.parameters(), lr=1e-3), 2)
     said = capsys.readouterr().out
-    assert said.count("torch_mics: 1 steps held to the prediction") == 1
+    assert said.count("torch_mics: 1 steps compared with the prediction") == 1
     assert "without a plan" in said

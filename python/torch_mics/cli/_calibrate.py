@@ -44,9 +44,9 @@ def add_calibrate(commands: Any) -> None:
     command.add_argument(
         "--base",
         required=True,
-        help=f"what is not measured is as in: {', '.join(shipped_instances())}, or a .json file",
+        help=f"source of what is not measured: {', '.join(shipped_instances())}, or a .json file",
     )
-    command.add_argument("--name", help="of the result; by default that of the file")
+    command.add_argument("--name", help="name of the result; by default that of the file")
     source = command.add_mutually_exclusive_group()
     source.add_argument(
         "--sizes",
@@ -54,7 +54,7 @@ def add_calibrate(commands: Any) -> None:
         nargs="+",
         default=list(DEFAULT_SIZES),
         metavar="BYTES",
-        help="of the units that are gathered",
+        help="bytes of the units that are gathered",
     )
     source.add_argument(
         "--from-nccl-tests",
@@ -81,7 +81,7 @@ def _run_calibrate(options: argparse.Namespace) -> None:
 def _import_results(options: argparse.Namespace, base: Calibration) -> Calibration:
     results = [read_nccl_tests(path) for path in options.from_nccl_tests]
     sizes = [result.ranks_per_node for result in results]
-    # A test inside one node may leave GPUs of it out.
+    # A test inside one node may leave out some of its GPUs.
     over_nodes = [r.ranks_per_node for r in results if r.measurements[0].table != "intra_hop"]
     per_node = max(over_nodes) if over_nodes else max(int(base["ranks_per_node"]), *sizes)
     if max(sizes) > per_node or min(over_nodes, default=per_node) < per_node:
@@ -123,7 +123,7 @@ def _process_group() -> Iterator[None]:
 
 
 def _agreed_base(options: argparse.Namespace) -> Calibration:
-    """Gives the base; what is wrong on one rank raises on all, before the first collective."""
+    """Gives the base; a problem on one rank raises on all, before the first collective."""
     problem, base = "", None
     try:
         base = load_calibration(options.base)
@@ -185,7 +185,7 @@ def _finish(options: argparse.Namespace, base: Calibration, made: Calibration) -
 
 
 def _text_of(dumped: dict[str, Any]) -> str:
-    """One value, and one point, a line: a wrong field has a line of its own."""
+    """Writes each value and each point on a line of its own, so that an error can name its line."""
 
     def lines(items: Sequence[str], close: str) -> str:
         return ",\n  ".join(items) + f"\n {close}"

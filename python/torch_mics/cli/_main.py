@@ -77,7 +77,7 @@ def _run_plan(options: argparse.Namespace) -> None:
 
 
 def _add_env(commands: Any) -> None:
-    command = commands.add_parser("env", help="print what a report of a problem needs to know")
+    command = commands.add_parser("env", help="print what a bug report needs to say")
     command.add_argument("--json", action="store_true", help="print JSON and nothing else")
     command.set_defaults(run=_run_env)
 

@@ -32,7 +32,7 @@ def add_model(command: argparse.ArgumentParser) -> Any:
     command.add_argument("--sequence", type=int, default=0, help="tokens of a sample")
     command.add_argument("--vocabulary", type=int, default=0)
     command.add_argument(
-        "--fused-attention", action="store_true", help="attention that keeps no scores"
+        "--fused-attention", action="store_true", help="attention does not keep its scores"
     )
     return model
 

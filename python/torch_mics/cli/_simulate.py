@@ -30,7 +30,7 @@ def add_simulate(commands: Any) -> None:
     # A plan is made for --gpus; --announcement needs none of these.
     add_search(command, required=False)
     command.add_argument(
-        "--max-gpus", type=int, default=MOST_GPUS, help=f"where curves end; {MOST_GPUS}"
+        "--max-gpus", type=int, default=MOST_GPUS, help=f"the end of the curves; {MOST_GPUS}"
     )
     command.add_argument("--csv", type=Path, metavar="FILE", help="a row for each point")
     command.add_argument("--plot", type=Path, metavar="FILE", help="the curves; .png, .svg, .pdf")

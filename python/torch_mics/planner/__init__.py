@@ -1,7 +1,7 @@
 """Predicts time and memory of a training step, and searches the settings that make it fast.
 
-The models are the C++ core's (include/mics/model). Here are their inputs, workloads and calibrations, and
-what is made of their numbers.
+The models are in the C++ core (include/mics/model). Here are their inputs, workloads and calibrations,
+and what is made of their results.
 """
 
 from torch_mics.planner._bytes import predicted_bytes

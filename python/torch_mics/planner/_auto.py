@@ -15,7 +15,7 @@ from torch_mics._hosts import node
 from torch_mics.planner._calibration import Calibration, load_calibration, shipped_instances
 from torch_mics.planner._plan import plan
 
-# What a call that knows no data takes for granted.
+# Assumed, because the call does not know the data.
 TOKENS_PER_SAMPLE = 2048
 MICRO_STEPS = 4
 
@@ -23,11 +23,11 @@ MICRO_STEPS = 4
 def choose_shard_size(model: nn.Module, units: Units) -> int:
     """Gives the partition size of the fastest plan that fits, the same on every rank.
 
-    One sample of 2048 tokens per rank and micro-step and four micro-steps are assumed, and that nothing
-    but shards is kept. The calibration is the one that MICS_CALIBRATION names, or that of the GPU.
+    Assumes one sample of 2048 tokens per rank and micro-step, four micro-steps, and that nothing but
+    shards is kept. The calibration is the one that MICS_CALIBRATION names, or that of the GPU.
 
     Raises:
-        ValueError: on every rank; the GPU is unknown and MICS_CALIBRATION is not set, the nodes differ
+        ValueError: on every rank: the GPU is unknown and MICS_CALIBRATION is not set, the nodes differ
             in size, or the model fits nowhere.
     """
     nodes = exchange("nodes", node())

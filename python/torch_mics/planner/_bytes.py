@@ -21,8 +21,8 @@ def predicted_bytes(
 ) -> dict[str, int]:
     """Gives the bytes that one rank receives in one step; it sends as many.
 
-    The keys are those of traffic(), without control; a communicator that is not needed has 0. With one
-    replica `replicate` is 0, and a group inside a node has no `rail`.
+    The keys are those of traffic(), without control; a communicator that is not needed has 0:
+    `replicate` with one replica, and both `rail` for groups inside a node.
     """
     topology = _C.Topology(
         node_of_rank=[str(rank // ranks_per_node) for rank in range(world_size)],

@@ -1,4 +1,4 @@
-"""Makes a calibration of measured collectives: tables, and the few numbers of the formulas."""
+"""Makes a calibration from measured collectives: tables, and the few numbers of the formulas."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch_mics.planner._measure import Measurement
 from torch_mics.planner._tables import Table as TextTable
 from torch_mics.planner._tables import percent
 
-FAR_OFF = 0.30  # from what the base says; marked in the table
+FAR_OFF = 0.30  # relative to the base's prediction; marked in the table
 _TIME_ERROR = 0.15
 
 
@@ -29,11 +29,11 @@ def calibrate(
     """Puts measurements into a calibration; what was not measured stays as `base` has it.
 
     Latencies, bandwidths and launches are fitted to the tables by least squares of relative errors, none
-    below 0; they carry predictions on outside the tables. Equal ranks and bytes count once, as their mean.
+    below 0; they predict beyond the tables. Points of equal ranks and bytes count once, as their mean.
 
     Args:
         base: the instance type that is nearest.
-        measurements: of a cluster of `ranks_per_node`.
+        measurements: of a cluster with `ranks_per_node`.
         instance: the name of the result.
         source, date: of the measurements.
         device: measured numbers of the device, by their name in a calibration.

@@ -1,4 +1,4 @@
-"""The time of a chain of equal layers whose compute is known, as a benchmark or a profile has it."""
+"""The time of a chain of equal layers whose compute time is known, as from a benchmark or a profile."""
 
 from __future__ import annotations
 

@@ -24,13 +24,13 @@ _PRODUCT_SIZE = 512  # of the square matrices that measure a CPU
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One collective, alone on the network with those of the other groups beside it.
+    """One collective, on a network that is otherwise idle but for those of the other groups.
 
     Attributes:
         table: of the calibration: "flat", "rail_hop" or "intra_hop".
         num_ranks: of the partition group; of "intra_hop" those of the group that lie on one node.
         nbytes: of the unit whose shards are gathered; a rail hop moves the part of its rail only.
-        seconds: until the slowest rank has it.
+        seconds: until the slowest rank is done.
     """
 
     table: str
@@ -43,7 +43,7 @@ def ranks_per_node() -> int:
     """Gives the ranks of each node. Collective.
 
     Raises:
-        ValueError: on every rank; there is one rank, or the nodes differ in size.
+        ValueError: on every rank: there is one rank, or the nodes differ in size.
     """
     nodes = exchange("nodes", node())
     found = _C.Topology(node_of_rank=nodes, partition_size=1).ranks_per_node
@@ -61,13 +61,13 @@ def measure(
 ) -> Iterator[Measurement]:
     """Measures each size on each candidate group of the world. Collective.
 
-    All groups of a kind run at a time, as in training. A gather and a reduction are timed, and their mean
+    All groups of a kind run at once, as in training. A gather and a reduction are timed, and their mean
     counts: the time model prices both alike.
 
     Args:
         sizes: bytes of a unit; rounded up to whole shards.
         device: of the tensors.
-        report: told what is measured.
+        report: called with a line on what is measured next.
     """
     world, per_node = dist.get_world_size(), ranks_per_node()
     for p in _C.Topology.legal_partition_sizes(world, per_node):
@@ -123,9 +123,9 @@ def _clock(run: Callable[[], None], device: torch.device) -> float:
 
 
 def measure_cpu(per_node: int) -> dict[str, float]:
-    """Measures what a data sheet says of a GPU: FLOP/s, bytes/s and bytes of one rank. Collective.
+    """Measures on a CPU what a data sheet says of a GPU: FLOP/s, bytes/s and bytes of a rank. Collective.
 
-    All ranks compute at a time, because they share the cores; the slowest counts.
+    All ranks compute at once, because they share the cores; the slowest counts.
     """
     a, b = (torch.ones(_PRODUCT_SIZE, _PRODUCT_SIZE) for _ in range(2))
     copied, source = torch.empty(2**22), torch.ones(2**22)

@@ -1,8 +1,8 @@
 """Reads what nccl-tests printed, or wrote as JSON, as measured collectives.
 
-Both forms have a row for each size; the ranks are counted from the list of devices. Sizes that leave no
-element to a rank are printed as 0 and passed over. An all-gather and a
-reduce-scatter say what a unit's exchange costs; other collectives use other algorithms and are refused.
+Both forms have a row for each size; the ranks are counted from the list of devices. Sizes that leave a
+rank without elements are printed as 0 and skipped. An all-gather and a reduce-scatter tell what a unit's
+exchange costs; other collectives use other algorithms and are refused.
 Source: the output of nccl-tests 2.13 to 2.17 and version 2 of its JSON.
 """
 
@@ -176,7 +176,7 @@ class _Kind:
 
 
 def _kind_of(devices: Sequence[tuple[str, str]], source: str) -> _Kind:
-    """By the hosts of the groups: within nodes, over whole nodes, or one rank on each (a rail)."""
+    """Tells by the hosts of the groups: within nodes, over whole nodes, or one rank on each (a rail)."""
     hosts = Counter(host for _, host in devices)
     per_node = next(iter(hosts.values()))
     groups: dict[str, Counter[str]] = {}

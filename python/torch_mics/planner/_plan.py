@@ -15,7 +15,7 @@ from torch_mics.planner._calibration import Calibration, load_calibration, shipp
 from torch_mics.planner._workload import module_workload, tflops
 
 Size = tuple[int, _C.Variant]
-_MOST_RANKS = 16384  # that are tried when nothing fits
+_MOST_RANKS = 16384  # tried when nothing fits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Plan:
     """What plan() found. Times are seconds of an optimizer step, memory is bytes of one rank.
 
     `ranked` are the fastest settings of all; `leaders` the fastest of each partition size and variant;
-    `misses` what needs least memory at each partition size where nothing fits.
+    `misses` those with the least memory at each partition size where nothing fits.
     """
 
     calibration: Calibration
@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def is_extrapolated(self) -> bool:
-        """Whether the best time leaves a measured table of the calibration."""
+        """Whether the best time is extrapolated beyond a measured table of the calibration."""
         return self.best.time.is_extrapolated
 
     @property
@@ -124,7 +124,7 @@ def plan(
         global_batch: samples of one optimizer step, over all ranks and micro-steps.
         sample, tokens_per_sample, units: how the module is measured; see module_workload().
         shard_sizes, micro_batches, hierarchical_gather, recompute: what to try; None: all.
-        vary_residency: False keeps shards only, between all uses.
+        vary_residency: False tries only settings that keep nothing but shards between uses.
         num_ranked: how many settings to keep.
 
     Raises:

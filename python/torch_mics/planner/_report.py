@@ -95,7 +95,7 @@ def verdict(plan: Plan) -> str:
     if plan.is_tie:
         text += f" A tie: times are known to {100 * plan.calibration.time_error:.0f}%."
     if plan.is_extrapolated:
-        text += " The time leaves the measured tables of the calibration."
+        text += " The time is extrapolated beyond the measured tables of the calibration."
     return text
 
 

@@ -19,7 +19,7 @@ _SHARDS_ONLY = _C.ResidencySettings()
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One system on one number of GPUs. `efficiency` is set by curves(): see there."""
+    """One system on one number of GPUs. `efficiency` is set by curve(): see there."""
 
     scaling: Scaling
     system: str
@@ -67,7 +67,7 @@ def _zero2(settings: _C.StepSettings, planned: int) -> None:
     settings.residency = _C.ResidencySettings(after_forward=full, between_microsteps=full)
 
 
-# Each puts into the plan's settings what its system decides: MiCS keeps them; HSDP has the plan's partition
+# Each changes in the plan's settings what its system decides: MiCS nothing; HSDP keeps the plan's partition
 # size, gathers flat and reduces over replicas in every micro-step; ZeRO-3 is one partition group; ZeRO-2
 # is too, and keeps the full parameters from the first micro-step to the optimizer.
 SYSTEMS: dict[str, Callable[[_C.StepSettings, int], None]] = {
@@ -82,7 +82,7 @@ SYSTEMS: dict[str, Callable[[_C.StepSettings, int], None]] = {
 
 
 def gpu_counts(plan: Plan, most: int = MOST_GPUS) -> list[int]:
-    """Lists what is simulated: parts of a node, then nodes and partition groups doubled up to `most`.
+    """Lists the sizes to simulate: parts of a node, then nodes and partition groups doubled up to `most`.
 
     Raises:
         ValueError: `most` is below 1.
@@ -99,10 +99,10 @@ def gpu_counts(plan: Plan, most: int = MOST_GPUS) -> list[int]:
 
 
 def curve(plan: Plan, scaling: Scaling, system: str, counts: list[int]) -> list[Point]:
-    """Simulates one system; numbers of GPUs that it or the batch does not divide into have no point.
+    """Simulates one system; numbers of GPUs that do not suit it or the batch have no point.
 
     Weak scaling keeps the micro-batch and the micro-steps of the plan. Strong scaling keeps its global
-    batch, and its micro-batch as long as a rank has so many samples. The efficiency of a point is its
+    batch, and its micro-batch as long as a rank has that many samples. The efficiency of a point is its
     samples per second and GPU over those of the curve's first point that fits into memory.
     """
     points = list(_points(plan, scaling, system, counts))

@@ -39,7 +39,7 @@ def module_workload(
 
     With `sample`, the arguments of one forward of a batch of one, FLOP and saved tensors are counted in a
     forward on the meta device. Without, each matrix of a unit counts 2 FLOP per element and token, and
-    keeps its input and output; what else is computed, attention scores for one, is not seen.
+    keeps its input and output; other computation, such as attention scores, is not counted.
 
     Args:
         model: the model, not sharded.
@@ -73,7 +73,7 @@ def module_workload(
 
 
 def tflops(workload: _C.Workload, settings: _C.StepSettings, seconds: float) -> float:
-    """FLOP per second and rank, in units of 1e12, recomputation counted as the papers do."""
+    """TFLOP/s of one rank; recomputation counts, as in the papers."""
     samples = settings.micro_batch * settings.num_microsteps
     return workload.flops(recompute=settings.recompute) * samples / seconds / 1e12
 
@@ -143,7 +143,7 @@ def _count_by_running(model: nn.Module, units: Units, sample: tuple[Any, ...]) -
 
 @contextmanager
 def _watch(found: list[_Unit], parameters: set[int]) -> Iterator[list[_Unit]]:
-    """Adds saved tensors and inputs to the unit whose forward runs; the last of the list."""
+    """Adds saved tensors and inputs to the unit whose forward runs: the last one of the list given."""
     current: list[_Unit] = []
     seen: set[tuple[int, int]] = set()
 

@@ -68,9 +68,9 @@ def in_buckets(workload: _C.Workload, numel: float) -> _C.Workload:
 
 
 def settings_of(run: Run, ranks_per_node: int) -> _C.StepSettings:
-    """Gives how a published system ran.
+    """Gives the settings of a published run.
 
-    The structure of each system is a fact and no fitted number: DeepSpeed 0.5.6 ran communication and
+    The structure of each system is a fact, not a fitted number: DeepSpeed 0.5.6 ran communication and
     compute one after the other; MiCS gathers hierarchically over several nodes and reduces flat.
     """
     spans_nodes = run.partition > ranks_per_node

@@ -19,7 +19,7 @@ Bytes = dict[tuple[str, str], int]  # by communicator and tier
 
 @dataclasses.dataclass(frozen=True)
 class StepShape:
-    """Of how many backwards a step consists."""
+    """How many backwards a step has."""
 
     num_microsteps: int
     num_boundaries: int  # of them, those that synchronised the replicas
@@ -50,7 +50,7 @@ def expected_bytes(context: Context, shape: StepShape) -> Bytes:
 def _from_same_node(
     communicator: _C.Communicator, topology: _C.Topology, gathered: int, reduced: int
 ) -> int:
-    """Of what a rank receives, the bytes that come from ranks of its node."""
+    """Gives how many of the bytes that a rank receives come from ranks of its own node."""
     if communicator.size == 1:
         return 0
     nodes = [topology.node_of(rank) for rank in communicator.world_ranks]

@@ -98,7 +98,7 @@ def export_flight_recorder(model: nn.Module, folder: str | Path) -> Path:
 
     Every rank writes a file of its own, also after a collective failed. The analyser matches the files of
     all ranks and names the first collective in which they differ, and the ranks that are missing. Our log
-    knows bytes and not shapes: sizes are numbers of bytes, and a launch is one entry for all its tensors.
+    has no shapes: sizes are numbers of bytes, and a launch is one entry for all its tensors.
 
     Args:
         model: a sharded module.
@@ -130,7 +130,7 @@ def export_flight_recorder(model: nn.Module, folder: str | Path) -> Path:
                 "collective_seq_id": entry["number"],
                 "p2p_seq_id": 0,
                 "op_id": entry["number"],
-                # The analyser knows operations of "nccl:" alone, whatever carried them.
+                # The analyser accepts only names with "nccl:", whatever carried the operation.
                 "profiling_name": f"nccl:{entry['op']}",
                 "is_p2p": False,
                 "input_sizes": [piece if is_gather else whole],

@@ -36,7 +36,7 @@ def startup_report(context: Context) -> str:
     lent = [unit.name for unit in context.units if unit.handle is not None and unit.handle.is_lent]
     if lent:
         lines.append(
-            f"lent: {listed(lent)}, used by others than their own forwards, and gathered until the "
+            f"lent: {listed(lent)}, used outside of their own forwards, and kept full until the "
             "outermost forward returns"
         )
     lines += [f"{name}: {backend}" for name, backend in carried(context).items()]

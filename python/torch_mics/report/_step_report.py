@@ -82,7 +82,7 @@ class StepReport:
             )
         widths = [max(len(row[i]) for row in cells) for i in range(3)]
         steps = f"{self.shape.num_microsteps} micro-steps, {self.shape.num_boundaries} of them a boundary"
-        lines = [f"torch_mics: {self.num_steps} steps held to the prediction ({steps})"]
+        lines = [f"torch_mics: {self.num_steps} steps compared with the prediction ({steps})"]
         lines += [
             f"  {a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip()
             for a, b, c, d in cells
@@ -95,7 +95,7 @@ class StepReport:
 
 @dataclasses.dataclass(frozen=True)
 class Observed:
-    """What was seen of the steps. `seconds` are medians, from one optimizer step to the next."""
+    """What was measured. `seconds` are medians, from one optimizer step to the next."""
 
     num_steps: int
     shape: StepShape

@@ -25,10 +25,10 @@ from torch_mics.report._step_report import Observed, StepReport, make_report
 
 
 class StepWatch:
-    """Watches the steps of one model until its report is made; what report_after() gives.
+    """The result of report_after(): watches the steps of one model until its report is made.
 
     Attributes:
-        report: the report; None until the steps are over.
+        report: None until the steps are over.
     """
 
     def __init__(self, model: nn.Module, num_steps: int, plan: Plan | None, show: bool) -> None:
