@@ -53,7 +53,7 @@ def nbytes_of(text: str) -> int:
 
 
 def text_of(nbytes: int) -> str:
-    """As nbytes_of reads it."""
+    """Writes a size as nbytes_of() reads it."""
     unit = next((u for u in reversed(UNITS) if nbytes % UNITS[u] == 0), None)
     return f"{nbytes // UNITS[unit]}{unit}" if unit else f"{nbytes}"
 
@@ -62,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ranks", type=int, default=4, help="to start, where no launcher has")
+    parser.add_argument("--ranks", type=int, default=4, help="to start without a launcher")
     parser.add_argument("--ranks-per-node", type=int, help="instead of what the hosts say")
     parser.add_argument("--smallest", type=nbytes_of, default="64kB", metavar="SIZE")
     parser.add_argument("--largest", type=nbytes_of, default="32MB", metavar="SIZE", help="to 1GB")
@@ -90,7 +90,7 @@ class Contestant:
     groups: GroupCollectives | None = None
 
     def sent(self) -> tuple[int, int]:
-        """Bytes that this rank has sent inside nodes and across."""
+        """Bytes that this rank has sent, inside nodes and between them."""
         counters = [] if self.groups is None else self.groups.traffic().values()
         return (
             sum(c["sent_intra_nbytes"] for c in counters),
@@ -99,7 +99,7 @@ class Contestant:
 
 
 def contestants(arguments: argparse.Namespace) -> list[Contestant]:
-    """Makes those that differ here. Collective."""
+    """Makes the contestants that differ on this cluster. Collective."""
     found = [
         Contestant(
             "torch",
@@ -116,7 +116,7 @@ def contestants(arguments: argparse.Namespace) -> list[Contestant]:
             gpus_per_node=arguments.ranks_per_node,
             intra_backend=intra_backend,
         )
-        chosen = GroupCollectives(mesh)  # hierarchical where there are several nodes
+        chosen = GroupCollectives(mesh)  # hierarchical if there are several nodes
         for groups in [GroupCollectives(mesh, hierarchical=False), chosen]:
             if groups is chosen and not groups.is_hierarchical:
                 continue
@@ -146,7 +146,7 @@ def timed(call: Call, full: torch.Tensor, piece: torch.Tensor) -> float:
 
 
 def check(everyone: list[Contestant], operation: str, full: torch.Tensor, piece: torch.Tensor):
-    """All must come to the same: the same bits for a gather, and for a sum up to its rounding."""
+    """Checks that all give the same result: the same bits for a gather, a sum up to its rounding."""
     expected = None
     for contestant in everyone:
         (full if operation == "all_gather" else piece).zero_()
@@ -160,7 +160,7 @@ def check(everyone: list[Contestant], operation: str, full: torch.Tensor, piece:
 def measure(
     arguments: argparse.Namespace, everyone: list[Contestant], operation: str, nbytes: int
 ) -> list[dict]:
-    """Times one operation at one size. Gives a record per contestant, the same on every rank."""
+    """Times one operation at one size. Gives one record per contestant, the same on every rank."""
     dtype, world_size = getattr(torch, arguments.dtype), dist.get_world_size()
     numel = max(nbytes // dtype.itemsize // world_size, 1)
     generator = torch.Generator().manual_seed(dist.get_rank())
@@ -171,7 +171,7 @@ def measure(
     seconds = torch.zeros(arguments.repeats, len(everyone), dtype=torch.float64)
     for repeat in range(-WARM_UPS, arguments.repeats):
         for place in range(len(everyone)):
-            index = (place + repeat) % len(everyone)  # no one is always behind the same
+            index = (place + repeat) % len(everyone)  # nobody always follows the same one
             time_of_call = timed(everyone[index].calls[operation], full, piece)
             if repeat >= 0:
                 seconds[repeat, index] = time_of_call
@@ -254,7 +254,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def start_rank(local_rank: int, arguments: argparse.Namespace, store: str) -> None:
-    """One rank that this script started, or with store "" one of a launcher."""
+    """Runs one rank that this script started, or, with store "", one that a launcher started."""
     if arguments.device == "cuda":
         torch.cuda.set_device(local_rank)
     backend = "nccl" if arguments.device == "cuda" else "gloo"
@@ -269,7 +269,7 @@ def start_rank(local_rank: int, arguments: argparse.Namespace, store: str) -> No
 
 
 def main() -> None:
-    """Joins the launcher's world, or starts one on this machine."""
+    """Joins the launcher's world, or starts a world on this machine."""
     arguments = parse_arguments()
     if "RANK" in os.environ:
         start_rank(int(os.environ.get("LOCAL_RANK", "0")), arguments, "")

@@ -45,11 +45,11 @@ from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers
 import torch_mics as mics
 
 KINDS = ("inline", "threads")
-WARM_UP = 3  # turns that are not counted: orders are recorded, memory is made
+WARM_UP = 3  # turns that are not counted: they record the order and allocate memory
 
 
 def answer_for_other_ranks(world_size: int) -> None:
-    """Lets every other rank say what rank 0 says, when torch_mics has all ranks agree on something."""
+    """Answers for all other ranks as rank 0 does, when torch_mics makes all ranks agree on something."""
     store = dist.PrefixStore("torch_mics", distributed_c10d._get_default_store())
     for call in itertools.count(1):
         store.wait([f"{call}/0"], datetime.timedelta(days=1))
@@ -137,7 +137,7 @@ def measure(
     }
     x = torch.rand(arguments.numel)
     turns: dict[str, list[Clock]] = {name: [] for name in models}
-    gc.disable()  # its pauses would fall on whoever has the turn
+    gc.disable()  # its pauses would hit whoever has the turn
     for turn in range(arguments.rounds + WARM_UP):
         passed = {name: step(model, x) for name, model in models.items()}
         gc.collect()

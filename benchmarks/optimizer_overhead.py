@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def sharded_model(arguments: argparse.Namespace) -> nn.Module:
-    """A model whose gradients are there."""
+    """Makes a sharded model that has gradients."""
     torch.manual_seed(0)
     units = [Unit(arguments.parameters, arguments.numel) for _ in range(arguments.units)]
     mesh = init_device_mesh("cpu", (1,))
@@ -91,7 +91,7 @@ def main() -> None:
         for name, optimizer in candidates.items():
             start = time.perf_counter()
             optimizer.step()
-            if round_number >= 2:  # the first steps make the state
+            if round_number >= 2:  # the first steps create the state
                 seconds[name].append(time.perf_counter() - start)
     for mine, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(mine.to_local(), other.to_local()), "the optimizers must agree"

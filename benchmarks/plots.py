@@ -19,7 +19,7 @@ Curve = Mapping[float, float]
 def bars(
     title: str, names: Sequence[str], columns: Mapping[str, Sequence[float]], file: Path
 ) -> None:
-    """One bar per contestant, from the top, in each of the columns."""
+    """Draws one bar per contestant, from the top, in each of the columns."""
     names = names[::-1]
     colours = [OURS if name.startswith("ours") else THEIRS for name in names]
     size = (4.5 * len(columns), 0.45 * len(names) + 1.2)
@@ -40,7 +40,7 @@ def curves(
     predicted: Mapping[str, Curve] | None = None,
     **limits: Any,
 ) -> None:
-    """Measured points joined by lines; predictions of the same name dashed in the same colour."""
+    """Draws measured points joined by lines, and predictions of the same name dashed in their colour."""
     figure, axes = plt.subplots(figsize=(6, 3.8))
     for label, points in found.items():
         (line,) = axes.plot(list(points), list(points.values()), "o-", label=label)
@@ -60,7 +60,7 @@ def curves(
 
 
 def losses(found: Mapping[str, Sequence[float]], reference: Sequence[float], file: Path) -> None:
-    """Loss curves over that of one process, and below how far each is from it."""
+    """Draws loss curves over that of one process, and below them their distances from it."""
     figure, (above, below) = plt.subplots(2, 1, figsize=(6, 4.6), sharex=True)
     steps = range(1, len(reference) + 1)
     above.plot(steps, reference, "k-", linewidth=5, alpha=0.25, label="one process")

@@ -1,4 +1,4 @@
-"""What the planner says of a launch with virtual layers, on the cluster that it was calibrated on."""
+"""What the planner predicts for a launch with virtual layers, on the cluster of its calibration."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def predicted_seconds(calibration: Path, launch: dict[str, Any], contestant: str
     """Seconds of one step; None for a contestant that the time model does not know.
 
     Args:
-        calibration: as `torch_mics calibrate` has measured the emulated cluster.
+        calibration: of the emulated cluster, by `torch_mics calibrate`.
         launch: the numbers that train_bench has written, with virtual layers.
-        contestant: a name of it.
+        contestant: the name of one in the launch.
     """
     strategy, _, size = contestant.partition("@")
     options = launch["options"]

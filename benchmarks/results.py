@@ -104,7 +104,7 @@ def _line(contestant: str, base: str, launches: list[dict[str, Any]]) -> Line:
 
 
 def portable(command: list[str]) -> list[str]:
-    """A launch's command without what belongs to the machine: interpreter, folders, output files."""
+    """A launch's command without the parts that depend on the machine: interpreter, folders, files."""
     words = ["python", "benchmarks/train_bench", *command[2:]]
     if "--json" in words:
         place = words.index("--json")
@@ -198,7 +198,7 @@ def _losses(comparison: Comparison, out: Path) -> list[str]:
 
 
 def _accumulation(found: dict[int, Comparison], out: Path) -> list[str]:
-    """Gain of synchronising replicas once per step, over the number of micro-steps."""
+    """The gain of synchronising replicas once per step, by number of micro-steps."""
     pairs = {
         "ours, replicas in every micro-step": "ours_each@2",
         "HSDP, replicas in every micro-step": "hsdp@2",
@@ -244,8 +244,8 @@ WEAK = {
 def efficiencies(seconds: dict[int, dict[str, float]]) -> dict[str, dict[float, float]]:
     """By curve and number of ranks: throughput per rank over that of one node.
 
-    Seconds are over those of the compute alone in the same turns: they leave the machine's own
-    slowness with many processes out.
+    Seconds are relative to the compute alone in the same turns, so that the slowness of a machine with
+    many processes does not count.
     """
     result: dict[str, dict[float, float]] = {}
     for label, pattern in WEAK.items():

@@ -4,8 +4,8 @@
     python benchmarks/run_all.py --out docs/results --only one_node two_nodes --repeats 1
     python benchmarks/run_all.py --out docs/results --render
 
-Each launch is one file in OUT/data; what is there already is not run again, so a run that was stopped
-goes on where it was. Needs what benchmarks/emulated_cluster needs. Nothing else should run meanwhile.
+Each launch is one file in OUT/data, and is skipped if that exists: a run that was stopped goes on where
+it was. Needs what benchmarks/emulated_cluster needs. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 HERE = Path(__file__).parent
 REAL = ("--steps", "5", "--base", "ddp")
-# Layers that wait, at the ratio of network to compute that BERT 10B has on p3dn.
+# Virtual layers, with the ratio of network to compute that BERT 10B has on p3dn.
 VIRTUAL = (
     *("--compute", "virtual", "--preset", "p3dn", "--layers", "8", "--layer-mb", "2"),
     *("--micro-steps", "4", "--steps", "2", "--base", "none"),
@@ -44,7 +44,7 @@ class Cell:
 
 
 def _weak(nodes: int) -> Cell:
-    """Groups of a node beside one group over all; on the most nodes, every size between them too."""
+    """Groups of one node beside one group over all; on the most nodes, also every size between."""
     names = [f"ours@{4 * nodes}"]
     if nodes > 1:
         names = ["ours@4", *names, f"ours_flat@{4 * nodes}"]
@@ -91,7 +91,7 @@ CELLS = {
     },
     **{f"weak_scaling_{nodes}": _weak(nodes) for nodes in (1, 2, 4, MOST_NODES)},
 }
-# What the planner must know of the cluster of the weak scaling: collectives of a layer, half and double.
+# What is calibrated on the cluster of the weak scaling: collectives of a layer, and of half and double.
 CALIBRATE = ("--base", "p3dn", "--sizes", "1000000", "2000000", "4000000")
 
 
@@ -138,7 +138,7 @@ def run(cell: Cell, data: Path, name: str) -> None:
 
 
 def _start(words: list[str], data: Path, name: str) -> None:
-    """Runs a command; its output goes to a log beside the numbers when it fails."""
+    """Runs a command; if it fails, its output goes to a log beside the numbers."""
     done = subprocess.run(
         words,
         capture_output=True,
@@ -153,7 +153,7 @@ def _start(words: list[str], data: Path, name: str) -> None:
 
 
 def make_portable(data: Path, name: str) -> None:
-    """Takes this machine's paths out of a launch's numbers, so that they can be kept in the project."""
+    """Removes this machine's paths from a launch's numbers, so that they can be kept in the project."""
     cluster = data / f"{name}.cluster.json"
     numbers = json.loads(cluster.read_text())
     numbers["command"] = portable(numbers["command"])

@@ -5,7 +5,7 @@
 
 The default is a model of 1.3 billion parameters in bfloat16 with AdamW. Each contestant trains in a
 process of its own, so that its peak memory is its own; the contestants take turns, round by round.
-What sharding costs where there is nothing to shard is what is left of its overhead.
+With nothing to shard, what a contestant costs over plain PyTorch is overhead.
 
   plain   autocast, no wrapper
   fsdp2   fully_shard on blocks and model, world size 1
@@ -54,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--recompute", action="store_true", help="keep only the inputs of blocks")
-    parser.add_argument("--steps", type=int, default=20, help="timed ones of each round")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of each round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--instance", help="an instance type of the planner, for the MFU")
     parser.add_argument("--json", type=Path, help="write everything here")
@@ -90,7 +90,7 @@ class Result:
 
 
 def make(name: str, arguments: argparse.Namespace) -> tuple[nn.Module, Any]:
-    """The contestant's model and optimizer; all start from the same values."""
+    """Makes the contestant's model and optimizer; all start from the same values."""
     torch.manual_seed(0)
     with torch.device(arguments.device):
         model: nn.Module = Transformer(shape_of(arguments))
@@ -167,7 +167,7 @@ def peak_nbytes(device: str) -> int:
 
 
 def run_child(name: str) -> Result:
-    """One contestant, one round; its last line is its result."""
+    """Runs one contestant for one round, and prints its result as the last line."""
     done = subprocess.run(
         [sys.executable, str(HERE), *sys.argv[1:], "--contestant", name],
         stdout=subprocess.PIPE,
@@ -180,7 +180,7 @@ def run_child(name: str) -> Result:
 
 
 def summary(arguments: argparse.Namespace, rounds: dict[str, list[Result]]) -> dict[str, Any]:
-    """Medians over all steps, and ratios to plain that are paired by round."""
+    """Gives medians over all steps, and ratios to plain, paired by round."""
     shape = shape_of(arguments)
     peak = load_calibration(arguments.instance)["peak"] if arguments.instance else None
     plain = [statistics.median(result.seconds) for result in rounds["plain"]]

@@ -2,9 +2,9 @@
 
     MICS_RANKS_PER_NODE=2 torchrun --nproc-per-node 4 examples/compare_traffic.py
 
-FSDP2's bytes are what Gloo's algorithms move for the collectives that it issues, which are recorded: a
-ring for all-gathers, and for reduce-scatters a whole ring all-reduce, which is how Gloo implements them.
-The bytes of a ring that has no reduce-scatter penalty are shown too. Those of torch_mics are its counters.
+FSDP2's collectives are recorded, and its bytes are what Gloo's algorithms move for them: a ring for an
+all-gather, and a whole ring all-reduce for a reduce-scatter. The bytes with a true ring reduce-scatter are
+shown too. The bytes of torch_mics are those of its counters.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def micro_batch(options: argparse.Namespace, index: int) -> torch.Tensor:
 
 def shard_with_fsdp2(model: GPT, mesh_shape: tuple[int, int]) -> GPT:
     mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("dp_replicate", "dp_shard"))
-    # A 1-D mesh where there is one replica, as its users would.
+    # A 1-D mesh if there is one replica, as FSDP2's users would make.
     mesh = mesh if mesh_shape[0] > 1 else mesh["dp_shard"]
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
@@ -87,7 +87,7 @@ def shard_with_fsdp2(model: GPT, mesh_shape: tuple[int, int]) -> GPT:
 
 @contextmanager
 def last_only(model: nn.Module, is_last: bool, method: str | None) -> Iterator[None]:
-    """Sets FSDP2's switch for an accumulation; None: left alone, as in a plain loop."""
+    """Sets FSDP2's switch for an accumulation; None leaves it alone, as a plain loop does."""
     if method is not None:
         getattr(model, method)(is_last)
     yield
@@ -96,7 +96,7 @@ def last_only(model: nn.Module, is_last: bool, method: str | None) -> Iterator[N
 def measure_fsdp2(
     options: argparse.Namespace, partition_size: int, method: str | None
 ) -> tuple[int, int, float]:
-    """Bytes of one step sent to other nodes, all ranks: over Gloo, over rings; and the loss."""
+    """Gives the bytes that all ranks send to other nodes in a step, by Gloo and by rings, and the loss."""
     world_size = dist.get_world_size()
     model = shard_with_fsdp2(build_model(options), (world_size // partition_size, partition_size))
     recorder = CollectiveRecorder(options.ranks_per_node)
@@ -116,7 +116,7 @@ def measure_fsdp2(
 def measure_mics(
     options: argparse.Namespace, partition_size: int, hierarchical: bool
 ) -> tuple[int, float]:
-    """Bytes of one step sent to other nodes, all ranks, by the library's counters; and the loss."""
+    """Gives the bytes that all ranks send to other nodes in a step, by the counters, and the loss."""
     model = build_model(options)
     mesh = mics.init_mesh(partition_size, device_type="cpu")
     mics.shard_model(model, mesh=mesh, hierarchical_gather=hierarchical)

@@ -21,12 +21,12 @@ from gpt.config import ConfigError, parse_config
 
 
 def main() -> int:
-    """Runs the trainer and ends the process; returns the exit status 2 for what cannot be done."""
+    """Runs the trainer and ends the process; returns exit status 2 if the request cannot be met."""
     try:
         name_simulated_node(os.environ)
         config = parse_config()
         cluster = open_cluster(config.device)
-        # Imported late: --help and wrong options need no library, and the node is named by now.
+        # Imported late: --help and wrong options work without the library, and the node is named by now.
         from gpt.trainer import run
 
         import torch_mics as mics
@@ -37,7 +37,7 @@ def main() -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:
-            time.sleep(1)  # torchrun ends all ranks at the first exit; rank 0 must speak before
+            time.sleep(1)  # torchrun ends all ranks at the first exit; rank 0 must print before
         return 2
 
 

@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--timeout", type=float, metavar="S", help="for the command")
     parser.add_argument("--json", type=Path, help="write bytes, rates and gates here")
-    parser.add_argument("--logs", type=Path, help="folder for the output of the ranks but 0")
+    parser.add_argument("--logs", type=Path, help="folder for the output of all other ranks than 0")
     parser.add_argument(
         "--strict", action="store_true", help=f"end with {GATE_BROKEN} when a gate is broken"
     )
@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--check",
         action="store_true",
-        help=f"only say whether it can; else end with {NOT_PERMITTED}",
+        help=f"only check that it can run here; end with {NOT_PERMITTED} if not",
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and what each rank runs")
     arguments = parser.parse_args()
@@ -74,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def why_not() -> str | None:
-    """Says what is missing here, before anything is tried."""
+    """Says what this machine lacks, before anything is tried."""
     if sys.platform != "linux":
         return f"an emulated cluster needs Linux: got {sys.platform}."
     if os.geteuid() != 0:
@@ -108,7 +108,7 @@ def show(links: dict[str, Counters], machine: dict[str, float], broken_gates: li
 
 
 def inside(arguments: argparse.Namespace) -> int:
-    """What runs isolated: makes the links, probes them, runs the ranks, reports."""
+    """Runs in isolation: makes the links, probes them, runs the ranks, and reports."""
     network = Network(arguments.nodes, arguments.rate, arguments.local_rate, arguments.delay / 1e3)
     if arguments.check:
         print("an emulated cluster can run here.")

@@ -1,4 +1,4 @@
-"""Links with a delay: TAP devices whose frames the relay holds."""
+"""Links with a delay: TAP devices whose frames the relay holds back."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def open_tap(name: str) -> int:
         file = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
         flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
         fcntl.ioctl(file, TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
-        # Frames cross as the kernel makes them, up to 64 kB, and are never cut on the way.
+        # Frames pass as the kernel makes them, up to 64 kB, and are never split on the way.
         fcntl.ioctl(file, TUNSETOFFLOAD, TUN_F_CSUM | TUN_F_TSO4)
     except OSError as error:
         raise NotPermitted(f"links with a delay need TAP devices: got {error}.") from error
@@ -71,7 +71,7 @@ class Relay:
         Args:
             files: TAP devices of the nodes, in order; closed here.
             delay_s: from one node to another.
-            rate: that a node receives at most, in bits per second.
+            rate: at which a node receives at most, in bits per second.
         """
         words = [str(build_relay()), str(round(delay_s * 1e6)), str(rate), *map(str, files)]
         self._process = subprocess.Popen(
@@ -81,11 +81,11 @@ class Relay:
             os.close(file)
 
     def start_over(self) -> None:
-        """Counts from nothing."""
+        """Sets all counters to 0."""
         self._process.send_signal(signal.SIGUSR1)
 
     def stop(self) -> dict[str, object]:
-        """Ends it; the links are gone then. Gives what it saw; see relay.cc."""
+        """Ends it, and with it the links. Gives what it counted; see relay.cc."""
         self._process.send_signal(signal.SIGTERM)
         text, _ = self._process.communicate()
         return json.loads(text)

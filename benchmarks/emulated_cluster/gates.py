@@ -1,4 +1,4 @@
-"""Whether a run on this machine says anything: link rates, processor time, timers, drops."""
+"""Whether a run on this machine can be trusted: link rates, processor time, timers, drops."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ QUIET_S, QUIET_LIMIT_S = 0.2, 10.0
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Beyond these, times of a run are not to be believed."""
+    """Beyond these, the times of a run cannot be trusted."""
 
     cpu: float = 0.70  # mean share of all cores
     link: float = 0.90  # least share of its rate that a link must reach when all are busy
-    timer_s: float = 0.005  # by which a sleep may end late, 99 of 100 times
+    timer_s: float = 0.005  # by which 99 of 100 sleeps may end late
 
 
 class Watch:
@@ -38,13 +38,13 @@ class Watch:
         self._begin = time.monotonic()
         reading, writing = os.pipe()
         self._file = os.fdopen(reading)
-        self._child = os.fork()  # a process: a thread of this one would wait for its lock
+        self._child = os.fork()  # a process: a thread would wait for the GIL of this one
         if self._child == 0:
             _measure_lateness(writing)
         os.close(writing)
 
     def stop(self) -> dict[str, float]:
-        """Gives what was seen: shares of processor time, and lateness of timers in seconds."""
+        """Gives what was measured: shares of processor time, and lateness of timers in seconds."""
         os.kill(self._child, signal.SIGUSR1)
         late = sorted(json.loads(self._file.read()))
         os.waitpid(self._child, 0)
@@ -67,7 +67,7 @@ def _processor_ticks() -> tuple[int, int]:
 
 
 def _pressure_us() -> int:
-    """Microseconds in which something waited for a core, since boot; 0 where it is not counted."""
+    """Microseconds in which something waited for a core, since boot; 0 if the kernel does not count it."""
     try:
         return int(Path("/proc/pressure/cpu").read_text().split("total=")[1].split()[0])
     except OSError:
@@ -90,7 +90,7 @@ def _measure_lateness(writing: int) -> None:
 
 
 def probe(network: Network) -> list[float]:
-    """Lets every node send to the next at once. Gives the bytes per second that each received."""
+    """Lets all nodes send to the next one at once. Gives the bytes per second that each received."""
     files, children = [], []
     for index, node in enumerate(network.nodes):
         reading, writing = os.pipe()
@@ -112,7 +112,7 @@ def probe(network: Network) -> list[float]:
 
 
 def _wait_until_quiet(network: Network) -> None:
-    """What is on its way would be counted for the run that follows."""
+    """Waits for bytes that are still on their way: they would be counted for the run that follows."""
     before, end = network.counters(), time.monotonic() + QUIET_LIMIT_S
     while time.monotonic() < end:
         time.sleep(QUIET_S)
@@ -156,7 +156,7 @@ def _send_and_receive(own: str, following: str) -> float:
     begin = time.monotonic()
     while (now := time.monotonic()) < begin + PROBE_S:
         nbytes += receiver.recv_into(buffer)
-    # The others measure still: take what comes until they have ended.
+    # The others still measure: receive until they have ended.
     threading.Thread(target=_drain, args=(receiver,), daemon=True).start()
     sender.join()
     return nbytes / (now - begin)
@@ -178,7 +178,7 @@ def broken(
     links: dict[str, Counters],
     relayed: dict[str, object] | None,
 ) -> list[str]:
-    """Lists what makes the times of a run worthless, in words; the bytes stay true."""
+    """Lists in words what makes the times of a run worthless; its bytes are still right."""
     found = []
     if machine["cpu"] > limits.cpu:
         found.append(f"processors were busy for {machine['cpu']:.0%}: at most {limits.cpu:.0%}")

@@ -64,7 +64,7 @@ class Place:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """This process, which must have one thread, and those that it starts are there."""
+        """Inside, this process, which must have one thread, and those that it starts are in the place."""
         before = [os.open(f"/proc/self/ns/{kind}", os.O_RDONLY) for kind in ("net", "uts")]
         _enter(self._files)
         try:
@@ -81,7 +81,7 @@ def _enter(files: list[int]) -> None:
 
 
 class Ended(BaseException):
-    """A signal asks for the end."""
+    """A signal has asked for the end."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -126,7 +126,7 @@ def run_isolated(body: Callable[[], int]) -> int:
 
 
 def _end(child: int) -> None:
-    """Asks once; the kernel does not ask."""
+    """Asks `child` to end, and kills it if it has not ended in time."""
     os.kill(child, signal.SIGTERM)
     deadline = time.monotonic() + SECONDS_TO_END
     while time.monotonic() < deadline:
@@ -139,7 +139,7 @@ def _end(child: int) -> None:
 def _as_first(body: Callable[[], int], alive: int) -> int:
     try:
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if select.select([alive], [], [], 0)[0]:  # the parent ended before that
+        if select.select([alive], [], [], 0)[0]:  # the parent has ended already
             return 1
         unshare(CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWUTS, "make mount and network namespaces")
         # Process ids in /proc are those of the new namespace; nobody else sees this mount.

@@ -1,4 +1,4 @@
-"""Nodes joined by a bridge, each link shaped both ways, and what went over each link.
+"""Nodes joined by a bridge, each link shaped both ways, with counters of each link.
 
     node 0: e0 ---- p0
     node 1: e0 ---- p1    a bridge in the namespace of the cluster itself, or the relay (delayed.py)
@@ -37,7 +37,7 @@ def bits_per_second(text: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Counters:
-    """Of one interface: bytes with their headers, and packets that a shaper dropped."""
+    """Counters of one interface: bytes with headers, and packets that a shaper dropped."""
 
     sent_nbytes: int
     received_nbytes: int
@@ -55,7 +55,7 @@ def tool(*command: str) -> str:
     """Runs ip or tc here.
 
     Raises:
-        NotPermitted: it failed; the message has its own.
+        NotPermitted: it failed; its own message is quoted.
     """
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -111,11 +111,11 @@ class Network:
             _shape(port, rate)
 
     def _set_up(self, index: int, gso: tuple[str, ...], rate: int, local_rate: int | None) -> None:
-        """What is done inside a node."""
+        """Sets up one node, from inside its namespaces."""
         Path("/proc/sys/net/ipv6/conf/all/disable_ipv6").write_text("1")
         tool("ip", "link", "set", "lo", "up")
         tool("ip", "addr", "add", f"{self.address(index)}/24", "dev", "e0")
-        # The relay knows a node by the end of its address.
+        # The relay finds a node by the end of its address.
         address = f"02:00:00:00:{index >> 8:02x}:{index & 255:02x}"
         tool("ip", "link", "set", "e0", *gso, "address", address, "up")
         _shape("e0", rate)
@@ -132,7 +132,7 @@ class Network:
         return f"{SUBNET}.{node + 1}"
 
     def congestion_control(self) -> str:
-        """Names the one that the nodes' sockets use."""
+        """Names the congestion control that the nodes' sockets use."""
         with self.nodes[0].entered():
             return CONGESTION_CONTROL.read_text().strip()
 
@@ -151,8 +151,8 @@ class Network:
 
 
 def _shape(interface: str, rate: int, burst: str | None = None, limit: str = "4mb") -> None:
-    # A long burst is free after a pause; one that is shorter than a packet splits packets in software.
-    # The queue holds what many senders have on their way at once: a link that drops is another link.
+    # Too long a burst passes unshaped after a pause; one shorter than a packet splits packets in software.
+    # The queue must hold what many senders send at once: a link that drops would be another link.
     burst = burst or ("20kb" if rate <= FAST_BPS else "40kb")
     tool(
         *("tc", "qdisc", "add", "dev", interface, "root"),

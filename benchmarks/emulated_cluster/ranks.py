@@ -19,7 +19,7 @@ TAIL_NBYTES = 4000
 def environment(
     network: Network, node: int, local_rank: int, ranks_per_node: int
 ) -> dict[str, str]:
-    """What torchrun sets, and the interfaces to use. Ranks are numbered node by node."""
+    """Gives what torchrun sets, and the interfaces to use. Ranks are numbered node by node."""
     num_nodes = len(network.nodes)
     return {
         "OMP_NUM_THREADS": "1",
@@ -47,8 +47,8 @@ def run_ranks(
     """Runs `command` once per rank. Rank 0 writes to the terminal, the others to files in `logs`.
 
     Returns:
-        0, or the first exit status that is not: others get 10 s then. 124 when the time is over. The
-        end of the failing rank's output is printed.
+        0, or the first other exit status, after which the other ranks get 10 s; 124 after a time-out.
+        The end of the failing rank's output is printed.
     """
     ranks: list[subprocess.Popen[bytes]] = []
     for node, place in enumerate(network.nodes):

@@ -30,7 +30,7 @@ import torch_mics as mics
 WIDTH, NUM_LAYERS, ROWS = 512, 8, 4
 NUM_STEPS, NUM_MICRO_STEPS = 3, 4
 OVERHEAD = 0.015  # headers and acknowledgements
-CONTROL_NBYTES = 20_000  # what barriers and agreements take
+CONTROL_NBYTES = 20_000  # for barriers and agreements
 INTER = "sent_inter_nbytes"
 
 
@@ -46,7 +46,7 @@ def loss_of(model: nn.Module, step: int, micro_step: int, rank: int) -> torch.Te
 
 
 def one_process(world_size: int) -> tuple[list[float], list[torch.Tensor]]:
-    """Mean losses by step, and the parameters at the end, with the data of all ranks."""
+    """Trains in one process on the data of all ranks. Gives mean losses by step, and final parameters."""
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
@@ -64,7 +64,7 @@ def one_process(world_size: int) -> tuple[list[float], list[torch.Tensor]]:
 
 
 def link_nbytes() -> int:
-    """What this node has sent over its link."""
+    """Gives the bytes that this node has sent over its link."""
     for line in Path("/proc/self/net/dev").read_text().splitlines():
         name, _, counters = line.partition(":")
         if name.strip() == "e0":
@@ -73,12 +73,12 @@ def link_nbytes() -> int:
 
 
 def counted_nbytes(model: nn.Module) -> int:
-    """What the library counted to other nodes on this rank, its small agreements left out."""
+    """Gives the bytes that this rank's counters have to other nodes, without small agreements."""
     return sum(c[INTER] for name, c in mics.traffic(model).items() if name != "control")
 
 
 def train(shard_size: int, hierarchical: bool) -> tuple[list[float], list[torch.Tensor], int, int]:
-    """Losses, parameters, and bytes of the last step over this node's link: counted, and seen."""
+    """Gives losses, parameters, and the last step's bytes over this node's link: counted, and seen."""
     mesh = mics.init_mesh(shard_size, device_type="cpu")
     plain = make_model()
     model = mics.shard_model(plain, units=list(plain), mesh=mesh, hierarchical_gather=hierarchical)
@@ -107,7 +107,7 @@ def train(shard_size: int, hierarchical: bool) -> tuple[list[float], list[torch.
 
 
 def expected_nbytes(shard_size: int, hierarchical: bool, ranks_per_node: int) -> float:
-    """Of a node's link in one step; see the top of this file."""
+    """Gives the bytes over a node's link in one step; see the top of this file."""
     n, k = dist.get_world_size(), ranks_per_node
     nbytes = 4 * WIDTH * WIDTH * NUM_LAYERS
     if shard_size == k:

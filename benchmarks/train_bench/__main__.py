@@ -14,7 +14,7 @@
                   in one hop, _gloo does without shared memory, _nosync as above,
                   _residency with node blocks of parameters and gradients kept over the step
   deepspeed_zero3, deepspeed_mics@P   where DeepSpeed is installed; what fails is recorded, with why
-  control         sums for means: must not have parity
+  control         sums in place of means: must not have parity
   .../our_rs      the peer with our reduce-scatter in place of Gloo's, which sends twice the bytes
   .../communication  without the waiting of virtual layers
 
@@ -57,16 +57,16 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 import torch_mics as mics
 from torch_mics.planner import load_calibration, published_shapes
 
-# What the models of this benchmark can be: their perceptron is four times as wide.
+# Only shapes that these models can have: the perceptron is four times as wide.
 SHAPES = {
     name: shape
     for name, shape in published_shapes().items()
     if shape.mlp == 4 * shape.hidden and shape.mlp_matrices == 2
 }
-GLOBAL_ROWS = 8192  # of a step of the paper
+GLOBAL_ROWS = 8192  # of a step in the paper
 WARM_UPS = 2  # steps whose gradients are compared with one process; not timed; virtual: 1
 
-# Bytes of a layer over the link's rate, over the time of its forward: as of BERT 10B on these machines.
+# Time of a layer's bytes on the link over the time of its forward: as BERT 10B on these machines.
 PRESETS = {"p3dn": 1.06, "p4d": 0.57}
 
 
@@ -77,15 +77,15 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--strategy", nargs="+", default=["none", "ddp", "fsdp2"], metavar="NAME")
-    parser.add_argument("--base", help="what the ratios are to; by default the first strategy")
-    parser.add_argument("--steps", type=int, default=5, help="timed ones")
+    parser.add_argument("--base", help="base of the ratios; by default the first strategy")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps")
     parser.add_argument("--micro-steps", type=int, default=4)
     parser.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw")
     parser.add_argument("--model", choices=("gpt", "bert"), default="gpt")
     for name, default in (("layers", 8), ("width", 256), ("heads", 4), ("vocabulary", 2048)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--length", type=int, default=64, help="tokens of a row")
-    parser.add_argument("--rows", type=int, default=1, help="of a micro-batch")
+    parser.add_argument("--rows", type=int, default=1, help="rows of a micro-batch")
     parser.add_argument(
         "--shape",
         choices=SHAPES,
@@ -106,7 +106,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layer-seconds", type=float, default=0.1, help="virtual: of its forward")
     parser.add_argument("--preset", choices=PRESETS, help="virtual: seconds of a layer from --rate")
     parser.add_argument("--rate", type=float, default=100e6, help="with --preset: bits per second")
-    parser.add_argument("--no-parity", action="store_true", help="compare with no single process")
+    parser.add_argument("--no-parity", action="store_true", help="do not compare with one process")
     parser.add_argument("--json", type=Path, help="write everything here")
     arguments = parser.parse_args()
     if arguments.shape is not None:
@@ -138,7 +138,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def _take_shape(arguments: argparse.Namespace) -> None:
-    """The model of the paper, and its batches on so many ranks."""
+    """Takes the model of the paper, and its batches for this number of ranks."""
     shape = SHAPES[arguments.shape]
     arguments.model = "bert" if "bert" in arguments.shape else "gpt"
     arguments.layers, arguments.width, arguments.heads = shape.layers, shape.hidden, shape.heads
@@ -169,7 +169,7 @@ class Task:
     def model(self, without_waiting: bool = False) -> nn.Module:
         torch.manual_seed(0)
         if not self.is_virtual:
-            # Large models are made in shards; the others whole, so that one process can follow.
+            # Large models are built sharded; others whole, so that one process can train them too.
             with torch.device("meta" if self._arguments.shape else self._device):
                 return Transformer(self._shape)
         seconds = 0.0 if without_waiting else self._arguments.layer_seconds
@@ -187,7 +187,7 @@ class Task:
         return model(*(t.to(self._device) for t in batch(self._shape, step, micro_step, rank)))
 
     def rates(self, seconds: float) -> dict[str, float]:
-        """What one rank does in a step of so many seconds, by the paper's formula and as MFU."""
+        """Gives what a rank does in a step of `seconds`: tokens, TFLOPS by the paper's formula, MFU."""
         if self.is_virtual:
             return {}
         rows = self._shape.rows * self._arguments.micro_steps
@@ -202,7 +202,7 @@ class Task:
 
 
 def reference(task: Task, arguments: argparse.Namespace) -> tuple[list[float], list[float]] | None:
-    """Losses and norms of one process, made by rank 0. Collective."""
+    """Gives losses and gradient norms of one process, trained on rank 0. Collective."""
     if task.is_virtual or arguments.no_parity:
         return None
     found: list[Any] = [None]
@@ -225,7 +225,7 @@ def _version_of(distribution: str) -> str | None:
 
 
 def versions() -> dict[str, Any]:
-    """What made the numbers."""
+    """Gives the versions that made the numbers."""
     git = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         capture_output=True,
@@ -246,14 +246,14 @@ def versions() -> dict[str, Any]:
 
 
 def peak_nbytes(device: str) -> int:
-    """The most memory of this process: on a GPU what torch has allocated, else what is resident."""
+    """Gives this process' peak of memory: on a GPU allocated by torch, else resident."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def paired_ratios(records: dict[str, Record], base: str) -> dict[str, float]:
-    """Median over the steps of a contestant's time over the base's in the same turn."""
+    """Gives each contestant's time relative to the base's in the same turn: the median over steps."""
     return {
         name: statistics.median(
             own / other for own, other in zip(r.seconds, records[base].seconds, strict=True)
@@ -307,7 +307,7 @@ def show(
 
 
 def faults(contestants: list[Contestant], records: dict[str, Record]) -> list[str]:
-    """Contestants whose parity is not what it must be. Of a peer that may fail it is a result."""
+    """Lists contestants whose parity is wrong. For a peer that may fail, that is a result."""
     found = []
     for contestant in contestants:
         if contestant.may_fail:
@@ -378,7 +378,7 @@ def main() -> None:
             arguments.json.write_text(json.dumps(numbers, indent=1) + "\n")
         for message in wrong:
             print(f"error: {message}", file=sys.stderr)
-    mics.exit_rank(1 if wrong else 0)  # here, where DDP's model still holds its process group
+    mics.exit_rank(1 if wrong else 0)  # while DDP's model still holds its process group
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Record:
     link_nbytes: float | None = None  # median of the steps; None without a link: see interfaces()
     loopback_nbytes: float | None = None
     parity: str = "not checked"
-    why_not: str = ""  # the message of what did not run
+    why_not: str = ""  # the message, if it did not run
 
 
 def interfaces() -> tuple[str | None, str]:
@@ -46,7 +46,7 @@ def interfaces() -> tuple[str | None, str]:
 
 
 def sent_nbytes() -> tuple[int | None, int | None]:
-    """What this network namespace has sent over the link and over the loopback."""
+    """Gives the bytes that this network namespace has sent over the link and over the loopback."""
     lines = Path("/proc/self/net/dev").read_text().splitlines()
     counters = {name.strip(): rest.split() for name, _, rest in (x.partition(":") for x in lines)}
     link, loopback = (int(counters[name][8]) if name in counters else None for name in interfaces())
@@ -117,7 +117,7 @@ class Contest:
             except Exception as error:
                 if step > 0 or not contestant.may_fail:
                     raise
-                # What a peer cannot do, it cannot do on any rank.
+                # If a peer cannot run this, it cannot on any rank.
                 self.records[contestant.name].why_not = first_line(error)
 
     def _step(self, contestant: Contestant, step: int, is_timed: bool) -> None:

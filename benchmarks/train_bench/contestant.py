@@ -1,4 +1,4 @@
-"""What every way to train is to the contest: a model, its steps, and its counters."""
+"""What the contest needs of every way to train: a model, its steps, and its counters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
-MicroStep = Callable[[bool], contextlib.AbstractContextManager[None]]  # (is the last of its step)
+MicroStep = Callable[[bool], contextlib.AbstractContextManager[None]]  # (is it a step's last one?)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Setting:
     """Where contestants train, and in what precision."""
 
     device: str = "cpu"
-    policy: MixedPrecisionPolicy | None = None  # FSDP2, HSDP and ours take one
+    policy: MixedPrecisionPolicy | None = None  # for FSDP2, HSDP and ours
     # DeepSpeed asks for these when its engine is made:
     optimizer: Callable[[nn.Module], Any] | None = None
     micro_steps: int = 1
@@ -38,11 +38,11 @@ class Contestant:
     copies: int  # ranks that hold the same part of the gradients
     micro_step: MicroStep = lambda is_last: contextlib.nullcontext()
     has_parity: bool = True  # trains as one process does
-    optimizers: ModuleType = torch.optim  # where its optimizer is from
+    optimizers: ModuleType = torch.optim  # the module that has its optimizer
     optimizer: Any = None
-    may_fail: bool = False  # when it raises in the first step, that is its result
-    why_not: str = ""  # the message, when it could not be made
-    counted: Callable[[], tuple[int, int]] = lambda: (0, 0)  # bytes sent inside nodes, and across
+    may_fail: bool = False  # if it raises in the first step, that is its result
+    why_not: str = ""  # the message, if it could not be made
+    counted: Callable[[], tuple[int, int]] = lambda: (0, 0)  # bytes sent inside nodes, and between
     exposed: Callable[[], float] = lambda: math.nan  # seconds that this rank waited for others
 
     def backward(self, loss: torch.Tensor, micro_steps: int) -> None:
@@ -68,5 +68,5 @@ class Contestant:
 
 
 def first_line(error: Exception) -> str:
-    """What a record keeps of an error."""
+    """Gives the part of an error that a record keeps."""
     return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,7 +1,7 @@
 """DeepSpeed as a contestant: ZeRO-3, and MiCS in the versions that have it.
 
-It is no dependency: `pip install --no-build-isolation wheel deepspeed`. What does not run is recorded with
-its message and leaves the contest, so that the others go on.
+It is not a dependency: `pip install --no-build-isolation wheel deepspeed`. A contestant that does not run
+is recorded with its message and leaves the contest, so that the others go on.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class Shape:
     def flops(self, recompute: bool) -> float:
         """FLOP of one sample's forward and backward, by the formula of the MiCS paper (section 5).
 
-        Its 96 l L h^2 (1 + l/6h + V/16Lh) has every block's forward twice; 72 and V/12Lh have it once.
+        Its 96 l L h^2 (1 + l/6h + V/16Lh) counts every block's forward twice; 72 and V/12Lh count it once.
         """
         length, width, layers = self.length, self.width, self.layers
         blocks = (96 if recompute else 72) * length * layers * width**2
@@ -62,7 +62,7 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """Small values, for the head is tied to it."""
+    """Starts from small values, because the head is tied to it."""
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=0.02)
@@ -81,7 +81,7 @@ class Transformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Of what it holds itself, as torch's modules do."""
+        """Resets the parameters that it holds itself, as torch's modules do."""
         nn.init.zeros_(self.positions)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -142,5 +142,5 @@ def batch(shape: Shape, step: int, micro_step: int, rank: int) -> tuple[Tensor, 
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     tokens = tokens[:, 1:].contiguous()
     is_hidden = torch.rand(tokens.shape, generator=generator) < HIDDEN
-    is_hidden[:, 0] = True  # a row without one would have no loss
+    is_hidden[:, 0] = True  # a row without a hidden token would have no loss
     return tokens.masked_fill(is_hidden, MASK), tokens.masked_fill(~is_hidden, -1)

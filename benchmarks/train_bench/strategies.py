@@ -24,11 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 import torch_mics as mics
 from torch_mics.collectives import GroupCollectives
 
-MakeModel = Callable[[bool], nn.Module]  # (without waiting)
+MakeModel = Callable[[bool], nn.Module]  # (without waiting?)
 
 
 class OurReduceScatter:
-    """torch_mics' reduce-scatter where FSDP2 has a place for one."""
+    """torch_mics' reduce-scatter, for FSDP2's set_custom_reduce_scatter()."""
 
     def __init__(self, groups: GroupCollectives) -> None:
         self._groups = groups
@@ -153,7 +153,7 @@ def _ours(name: str, model: nn.Module, shard_size: int, setting: Setting) -> Con
 
 
 def _control(name: str, model: nn.Module, setting: Setting) -> Contestant:
-    """Sums where means are right: the parity check must see it."""
+    """Sums where means are right: the parity check must catch it."""
     found = _ours(name, model, dist.get_world_size(), setting)
     found.model.set_gradient_divide_factor(1.0)  # type: ignore[operator]
     return dataclasses.replace(found, has_parity=False)

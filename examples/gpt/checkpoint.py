@@ -52,7 +52,7 @@ def mark_complete(directory: Path, run: dict[str, Any]) -> None:
 
     Args:
         directory: from `step_directory`.
-        run: what must be the same on resume, and what is good to know.
+        run: what must be the same on resume, and notes for people.
     """
     (directory / _RUN).write_text(json.dumps(run, indent=2) + "\n")
     draft = directory.parent / f".{_LATEST}"
@@ -74,7 +74,7 @@ def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
     """Turns `--resume` into a complete checkpoint directory, or None to start from nothing.
 
     Raises:
-        ConfigError: `resume` names nothing that can be resumed.
+        ConfigError: `resume` names no complete checkpoint.
     """
     if resume is None:
         return None

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 def name_simulated_node(environment: MutableMapping[str, str]) -> None:
-    """Splits one machine into simulated nodes of MICS_RANKS_PER_NODE ranks, where that is set.
+    """Splits one machine into simulated nodes of MICS_RANKS_PER_NODE ranks, if that is set.
 
     Raises:
         ConfigError: MICS_RANKS_PER_NODE is not a positive number.
@@ -70,7 +70,7 @@ class Cluster:
 
         Raises:
             ConfigError: `work` raised it on rank 0.
-            RuntimeError: `work` raised anything else on rank 0 (there: that exception).
+            RuntimeError: `work` raised anything else on rank 0, which itself raises that.
         """
         if self.world_size == 1:
             return work()
@@ -79,7 +79,7 @@ class Cluster:
         if self.is_first:
             try:
                 outcome[0] = work()
-            except Exception as caught:  # shared below, so that no rank waits for ever
+            except Exception as caught:  # raised below on every rank, so that none waits for ever
                 error = caught
                 outcome[1] = (isinstance(caught, ConfigError), str(caught))
         dist.broadcast_object_list(outcome, src=0, device=self.device)

@@ -12,7 +12,7 @@ BPE_VOCAB_SIZE = 1024
 
 
 class ConfigError(ValueError):
-    """What was asked for cannot be done; the message says why and what to do."""
+    """The request cannot be met; the message says why and what to do."""
 
 
 def _option(default: Any, text: str) -> Any:

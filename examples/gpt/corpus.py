@@ -105,8 +105,8 @@ def _read(name: str, path: Path) -> Document:
 def collect(sources: Sequence[str]) -> list[Document]:
     """Reads every document of `sources`.
 
-    The order depends on the documents' names and on nothing else: it is that of a hash, so that
-    a piece cut off at the end is a fair sample of the whole.
+    The order is by a hash of the documents' names alone, so that a piece cut off at the end is a
+    fair sample of the whole.
 
     Raises:
         ConfigError: a source does not exist or holds no text.

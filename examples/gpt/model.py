@@ -109,7 +109,7 @@ class GPT(nn.Module):
     def reset_parameters(self) -> None:
         """Draws all weights anew from the current generator.
 
-        What ends in the residual stream is scaled down by sqrt(2 * layers), so that the stream's
+        Projections into the residual stream are scaled down by sqrt(2 * layers), so that the stream's
         variance does not grow with depth.
         """
         for name, module in self.named_modules():
@@ -133,7 +133,7 @@ class GPT(nn.Module):
             The mean loss in nats per token (fp32, 0-dim) with targets, else the logits
             [batch, length, vocab_size] in fp32.
         """
-        # The tied matrix is drawn small, for small first logits; the stream wants a larger scale.
+        # The tied matrix is drawn small, for small first logits; the stream needs a larger scale.
         x = self.embedding(tokens) * math.sqrt(self.config.width)
         head_width = self.config.width // self.config.heads
         cosine, sine = rotary_table(tokens.shape[1], head_width, tokens.device)

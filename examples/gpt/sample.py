@@ -22,8 +22,8 @@ def sample_tokens(
 ) -> list[int]:
     """Draws `num_tokens` tokens after the token `start`.
 
-    Collective: the sharded model runs on every rank, as often on each. All ranks draw from the
-    same seed on CPU, so all return the same tokens.
+    Collective: the sharded model runs on every rank, equally often. All ranks draw from the same
+    seed on CPU, so all return the same tokens.
     """
     was_training = model.training
     model.eval()
