@@ -157,7 +157,7 @@ void note_pairs(const std::vector<TensorPair>& pairs, Stream& stream) {
 }
 
 // Shows a launch to torch.profiler, and under emit_nvtx() to Nsight, by hop and unit. Without a
-// profiler it costs a look at a flag.
+// profiler it only reads a flag.
 class LaunchRange {
  public:
   LaunchRange(const GroupInfo& group, std::string_view unit) : range_(at::RecordScope::USER_SCOPE) {
@@ -171,7 +171,7 @@ class LaunchRange {
   at::RecordFunction range_;
 };
 
-// A group of one: the result is the input.
+// For groups of one: the result is the input.
 void copy_pairs(const std::vector<TensorPair>& pairs) {
   for (const TensorPair& pair : pairs) {
     if (pair.output.numel() == 0) continue;

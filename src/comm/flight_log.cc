@@ -153,7 +153,7 @@ const GroupProgress* find_group(const std::vector<GroupProgress>& progress,
 }  // namespace
 
 std::string describe_ranks(const std::vector<std::optional<std::vector<GroupProgress>>>& ranks) {
-  // Of each group: the furthest operation that some rank has issued.
+  // For each group, the furthest operation that any rank has issued.
   std::map<std::string, int64_t> furthest;
   std::map<std::string, bool> is_under_way;
   for (const auto& rank : ranks) {

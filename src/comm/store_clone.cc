@@ -7,7 +7,7 @@ c10::intrusive_ptr<c10d::Store> clone_store(const c10::intrusive_ptr<c10d::Store
   const std::chrono::milliseconds of_caller = store->getTimeout();
   c10::intrusive_ptr<c10d::Store> clone = store->clone();
   clone->setTimeout(timeout);
-  if (store->getTimeout() != of_caller) store->setTimeout(of_caller);  // a clone that is shared
+  if (store->getTimeout() != of_caller) store->setTimeout(of_caller);  // the clone shares it
   return clone;
 }
 

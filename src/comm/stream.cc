@@ -132,7 +132,7 @@ class WorkerStream final : public Stream {
     });
   }
 
-  // No reason to wake the thread: what waits comes after.
+  // Does not wake the thread: only work that is enqueued later needs the wait.
   void wait(const Event& event) override {
     append([this, marks = marks_of(event), mark = marks_of(event)->last()] {
       const std::exception_ptr failure = marks->wait_for(mark);

@@ -12,7 +12,7 @@ HopCounts count_hops(const ResidencySettings& residency, int num_microsteps, int
              "num_microsteps must be at least 1: got num_microsteps=", num_microsteps, ".");
   MICS_CHECK(replication_size >= 1,
              "replication_size must be at least 1: got replication_size=", replication_size, ".");
-  // What is kept to the next micro-step is there in this one's backward too.
+  // What is kept for the next micro-step is there in this one's backward too.
   const Residency after_forward = std::max(residency.after_forward, residency.between_microsteps);
   HopCounts counts;
   Residency at_hand = Residency::kShard;
@@ -113,7 +113,7 @@ double replicate_seconds(const Machine& machine, int partition_size, int replica
   const double shard_nbytes = nbytes / partition_size;
   const int per_node = std::max(1, machine.ranks_per_node / partition_size);
   const int num_nodes = replication_size / std::min(replication_size, per_node);
-  // Replicas beside each other on a node reduce over its own links.
+  // Replicas on one node reduce over its own links.
   if (num_nodes == 1) {
     return 2 * (replicas - 1) *
            (machine.intra.latency + shard_nbytes / replicas / machine.intra.bandwidth);

@@ -49,7 +49,7 @@ MeasuredTable::Reading MeasuredTable::read(int num_ranks, double nbytes) const {
   const int high_ranks = points_[high.first].num_ranks;
   Reading reading;
   reading.num_ranks = std::clamp(num_ranks, low_ranks, high_ranks);
-  // Both rows must have been measured around these bytes.
+  // The bytes must be within what was measured for both numbers of ranks.
   const double least = std::max(points_[low.first].nbytes, points_[high.first].nbytes);
   const double most = std::min(points_[low.last].nbytes, points_[high.last].nbytes);
   reading.nbytes = std::min(std::max(nbytes, least), std::max(least, most));

@@ -11,7 +11,7 @@ constexpr double kSumNbytes = 4;  // gradients are summed in fp32
 
 double real(int64_t value) { return static_cast<double>(value); }
 
-// Share of a whole that `residency` keeps on one rank beyond its shard.
+// Share of the full tensor that `residency` keeps on one rank beside its shard.
 double kept_share(Residency residency, int ranks_per_group_node, bool has_blocks) {
   switch (residency) {
     case Residency::kShard:
@@ -35,7 +35,7 @@ void check_limits(const MemoryLimits& limits) {
              ", state_nbytes=", limits.state_nbytes, ", bucket_nbytes=", limits.bucket_nbytes, ".");
 }
 
-// Of what backward needs again: saved tensors, recomputation, the head.
+// Adds what backward needs: saved tensors, recomputation, the head.
 void add_activations(const Workload& workload, const StepSettings& settings, MemoryTerms& terms) {
   const double samples = settings.micro_batch;
   for (const UnitWork& unit : workload.units) {

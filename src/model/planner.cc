@@ -63,7 +63,7 @@ class Search {
     return request_.partition_sizes;
   }
 
-  // Divisors of the samples of one rank.
+  // Sizes to try: the divisors of the samples of one rank.
   std::vector<int> micro_batches() const {
     const int64_t n = request_.world_size;
     std::vector<int> batches;
@@ -96,7 +96,7 @@ class Search {
     return {false, true};
   }
 
-  // Residencies that differ from each other for a group of this kind.
+  // Residencies that differ in effect for a group of this kind.
   std::vector<ResidencySettings> residencies(int p, int num_microsteps, bool has_blocks) const {
     if (!request_.vary_residency) return {request_.base.residency};
     std::vector<ResidencySettings> all;
@@ -156,8 +156,8 @@ class Search {
     options_.push_back({settings, memory, bound});
   }
 
-  // In the order of bounds; an option whose bound is no better than the leader of its kind and the
-  // last of the ranking cannot take the place of either.
+  // Simulates in the order of bounds, and skips an option whose bound is no better than the leader
+  // of its kind and the last of the ranking: it can replace neither.
   void simulate() {
     std::stable_sort(options_.begin(), options_.end(),
                      [](const Option& a, const Option& b) { return a.bound < b.bound; });

@@ -22,7 +22,7 @@ struct HopSeconds {
   double replicate = 0;
 };
 
-// By the table where there is one, by the formula, or by the formula scaled to join the table.
+// By the table inside it; outside by the formula, scaled to join the table if there is one.
 template <typename Formula>
 double seconds_of(const MeasuredTable& table, const Formula& formula, int num_ranks, double nbytes,
                   bool& is_extrapolated) {
@@ -107,8 +107,8 @@ void check_step(const Workload& workload, const Cluster& cluster, const StepSett
 
 namespace {
 
-// The operations of the first micro-steps of a step, at most kSimulatedMicrosteps; the last of them
-// is the step's last. Fills the sums of `time` for the whole step.
+// Builds the operations of a step's micro-steps, at most kSimulatedMicrosteps of them, the last of
+// which is the step's last. Its sums are those of the whole step.
 class StepBuilder {
  public:
   StepBuilder(const Workload& workload, const Cluster& cluster, const StepSettings& settings)
@@ -264,7 +264,7 @@ StepTime step_time(const Workload& workload, const Cluster& cluster, const StepS
   time.total = queues.total + boundary + time.optimizer;
   double busy = queues.compute_busy;
   if (repeats > 0) {
-    // Compute may run ahead of reductions that pile up: the busiest queue sets the pace.
+    // If reductions pile up behind compute, the busiest queue sets the pace.
     const auto third = std::span(operations).subspan(2 * per_microstep, per_microstep);
     time.total += repeats * std::max(of_third(queues.compute_ends), longest_queue(third));
     busy += repeats * of_third(queues.busy_at_ends);

@@ -19,9 +19,9 @@ struct Task {
 // First come, first served, one at a time.
 struct Queue {
   std::vector<Task> tasks;
-  size_t next = 0;       // of tasks; the running one has been taken
-  Task running{};        // when is_busy
-  double remaining = 0;  // seconds of it, at full speed
+  size_t next = 0;       // index of the next task to take
+  Task running{};        // if is_busy
+  double remaining = 0;  // seconds of `running` at full speed
   bool is_busy = false;
 };
 
@@ -51,7 +51,7 @@ class Simulation {
   }
 
  private:
-  enum : char { kNothing, kQueued, kRail, kAll };  // which hops of an operation's gather are over
+  enum : char { kNothing, kQueued, kRail, kAll };  // how far an operation's gather is
 
   void push(Kind kind, size_t operation, double seconds, bool is_intra) {
     if (seconds <= 0) {
@@ -76,7 +76,7 @@ class Simulation {
     }
   }
 
-  // Where the gathers end that may be queued with `prefetch` of them ahead of `operation`.
+  // The end of the operations whose gathers may be queued with `prefetch` ahead of `operation`.
   [[nodiscard]] size_t limit(size_t operation, int prefetch) const {
     size_t last = operation + 1;
     for (; last < operations_.size(); ++last) {
@@ -86,12 +86,12 @@ class Simulation {
     return std::min(last, operations_.size());
   }
 
-  // What may be gathered when `operation` starts; without prefetch, when the one before has ended.
+  // Queues what may be gathered when `operation` starts; without prefetch, when the last one ends.
   void issue_gathers(size_t operation, int prefetch_rail, int prefetch_intra) {
     intra_limit_ = std::max(intra_limit_, limit(operation, prefetch_intra));
     const size_t rail_limit = limit(operation, prefetch_rail);
     for (size_t i = next_rail_; i < rail_limit; ++i) {
-      // One whose unit is in use is passed over until it is free.
+      // A gather whose unit is in use is passed over until the unit is free.
       if (gathered_[i] != kNothing || free_after_[i] > next_compute_) continue;
       gathered_[i] = kQueued;
       push(Kind::kGatherRail, i, operations_[i].gather_rail, false);
@@ -143,7 +143,7 @@ class Simulation {
     queue.is_busy = true;
   }
 
-  // To the next end of anything that runs.
+  // Advances the clock to the next end of anything that runs.
   void advance() {
     const Contention& contention = options_.contention;
     const double slow_compute = 1 + (network_.is_busy ? contention.compute_by_network : 0) +
@@ -158,7 +158,7 @@ class Simulation {
     consider(intra_.is_busy, intra_.remaining);
     now_ += step;
     if (compute_busy_) times_.compute_busy += step;
-    // Whoever gives the step ends exactly; a rounding rest of the others is no work.
+    // What determines the step ends exactly; a rounding error left in others is not work.
     const auto is_over = [&](double& remaining, double slow) {
       const bool ends = remaining * slow <= step;
       remaining = ends ? 0 : remaining - step / slow;
@@ -188,7 +188,7 @@ class Simulation {
   const std::vector<StepOperation>& operations_;
   const QueueOptions& options_;
   std::vector<char> gathered_;
-  std::vector<size_t> free_after_;  // by operation: so many have ended when its unit is free
+  std::vector<size_t> free_after_;  // by operation: its unit is free when so many have ended
   Queue network_;
   Queue intra_;
   size_t next_rail_ = 0;  // those before it are queued

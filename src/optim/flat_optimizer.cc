@@ -21,7 +21,7 @@ namespace mics {
 
 namespace {
 
-// Elements per thread below which ATen runs an operation on one thread: blocks must not be smaller.
+// Elements per thread below which ATen runs on one thread only, so no block has fewer.
 constexpr int64_t kBlockNumel = int64_t{1} << 15;
 
 int64_t block_numel_of(const at::Tensor& tensor) {
@@ -29,7 +29,7 @@ int64_t block_numel_of(const at::Tensor& tensor) {
   return kBlockNumel * at::get_num_threads();
 }
 
-// Elements [begin, end); undefined stays so.
+// Elements [begin, end); an undefined tensor stays undefined.
 at::Tensor part_of(const at::Tensor& tensor, int64_t begin, int64_t end) {
   if (!tensor.defined() || end - begin == tensor.numel()) return tensor;
   return tensor.narrow(0, begin, end - begin);
@@ -49,7 +49,7 @@ class BlockScratch {
   at::Tensor memory_;
 };
 
-// What version counters tell must be the same on every rank, so a run without elements counts too.
+// Version counters must tell the same on every rank, so a run without elements is a write too.
 void note_write(const at::Tensor& parameter) {
   if (parameter.numel() == 0) parameter.unsafeGetTensorImpl()->bump_version();
 }
@@ -71,7 +71,7 @@ struct AdamWNumbers {
         beta2(at::native::wrapped_scalar_tensor(options.beta2)),
         eps(at::native::wrapped_scalar_tensor(options.eps)) {}
 
-  // Those that depend on the number of the step.
+  // Sets the numbers that depend on the step.
   void set_step(double next, const AdamWOptions& options) {
     if (step == next) return;
     step = next;

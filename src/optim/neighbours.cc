@@ -10,7 +10,7 @@ namespace mics {
 namespace {
 
 struct Placed {
-  size_t storage;  // number by first appearance
+  size_t storage;  // numbered by first appearance
   int64_t offset;
   const at::Tensor* tensor;
 };

@@ -12,15 +12,15 @@ namespace mics {
 
 namespace {
 
-// What the storage of a part keeps alive.
+// What the storage of a part keeps alive: the storage that it was cut from.
 struct Whole {
   c10::Storage storage;
-  int64_t offset_nbytes = 0;  // of the part in it
+  int64_t offset_nbytes = 0;  // of the part in `storage`
 };
 
 void drop_whole(void* context) { delete static_cast<Whole*>(context); }
 
-// Null: the tensor is no part.
+// Null if the tensor is not a part.
 const Whole* whole_of(const at::Tensor& tensor) {
   if (!tensor.has_storage()) return nullptr;
   const at::DataPtr& memory = tensor.storage().data_ptr();

@@ -26,7 +26,7 @@ int64_t Schedule::begin_call(Tape& tape, int unit) {
 
 int64_t Schedule::begin_lent_call(Tape& tape, int unit) {
   const int64_t call = begin_call(tape, unit);
-  // Behind the outermost begin, wherever this is on the tape.
+  // Moves the begin right behind the outermost one, which is first on the tape.
   std::rotate(tape.events_.begin() + (tape.events_.size() > 1 ? 1 : 0), tape.events_.end() - 1,
               tape.events_.end());
   return call;
@@ -70,7 +70,7 @@ bool Schedule::has_earlier_call(int unit) const {
   return false;
 }
 
-// Passes the last event of `tape` in backward direction.
+// Takes the last event from `tape` as backward passes it, and adds the actions that follow.
 void Schedule::pass_last(Tape& tape, std::vector<Action>& actions) {
   const Tape::Event event = tape.events_.back();
   tape.events_.pop_back();
@@ -79,16 +79,16 @@ void Schedule::pass_last(Tape& tape, std::vector<Action>& actions) {
   switch (event.kind) {
     case Tape::EventKind::kEnd:
       if (!event.is_entered() && !is_unused_recomputation) {
-        // No gradient reached this call here, but other ranks may run its backward: join them.
+        // No gradient reached this call here, but other ranks may run its backward: join it.
         actions.push_back({ActionKind::kGather, event.unit});
         unreduced_.insert(event.unit);
       }
       return;
     case Tape::EventKind::kBegin: {
       const bool has_earlier = has_earlier_call(event.unit);
-      // The backward of the first forward is still to come, or running.
+      // The backward of the forward that it repeats is still to come, or running.
       if (is_unused_recomputation && has_earlier) return;
-      // Gradients of a unit add up over its calls until the earliest one has been passed.
+      // Gradients of a unit add up over its calls until its earliest call has been passed.
       if (!has_earlier && unreduced_.erase(event.unit) > 0) {
         actions.push_back({ActionKind::kReduce, event.unit});
       }
@@ -109,7 +109,7 @@ std::vector<Action> Schedule::enter_backward(const std::shared_ptr<Tape>& tape, 
   const auto end = std::find_if(events.rbegin(), events.rend(), [call](const Tape::Event& event) {
     return event.call == call && event.kind == Tape::EventKind::kEnd;
   });
-  // An entered call, or one that has been passed, needs no more than its parameters.
+  // A call that was entered or passed before needs its parameters, and nothing else.
   const bool is_first = end != events.rend() && !end->is_entered();
   if (is_first) {
     while (events.back().call != call) pass_last(*tape, actions);
@@ -128,13 +128,13 @@ std::vector<Action> Schedule::finish_backward() {
   for (const std::shared_ptr<Tape>& tape : touched_tapes_) {
     while (!tape->events_.empty()) pass_last(*tape, actions);
     for (const Tape::Event& event : tape->open_) open.insert(event.unit);
-    // The forward goes on as it was.
+    // Calls that are open go back on the tape: their forward goes on.
     tape->events_.assign(tape->open_.rbegin(), tape->open_.rend());
     tape->open_.clear();
   }
   unreduced_.insert(open.begin(), open.end());
-  // What is left had its backward after its call was passed, or has calls on a tape that this
-  // backward did not touch, or calls that are open.
+  // Units that are left had a backward after their call was passed, or have calls that are open or
+  // on a tape that this backward did not touch.
   for (auto unit = unreduced_.rbegin(); unit != unreduced_.rend(); ++unit) {
     actions.push_back({ActionKind::kReduce, *unit});
     if (!open.contains(*unit)) actions.push_back({ActionKind::kReshard, *unit});
@@ -152,7 +152,7 @@ void Schedule::adopt(Schedule& older, const std::vector<int>& units) {
     for (Tape::Event& event : tape->events_) event.unit = units[static_cast<size_t>(event.unit)];
     tapes_.push_back(weak);
   }
-  // Numbers of calls are unique on a tape.
+  // Call numbers must stay unique on a tape.
   next_call_ = std::max(next_call_, older.next_call_);
   older.reset();
 }

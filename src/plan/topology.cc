@@ -20,7 +20,7 @@ const char* to_string(Variant variant) {
 
 namespace {
 
-// L when every node holds the same number of consecutive ranks; else 0.
+// L, the ranks per node, if every node holds as many consecutive ranks; else 0.
 int find_ranks_per_node(const std::vector<int>& node_of_rank, int num_nodes) {
   const int world_size = static_cast<int>(node_of_rank.size());
   if (world_size % num_nodes != 0) return 0;
@@ -32,8 +32,8 @@ int find_ranks_per_node(const std::vector<int>& node_of_rank, int num_nodes) {
   return ranks_per_node;
 }
 
-// Distinct groups of all ranks, by first member. `group_of` must give the same group to its
-// members.
+// Distinct groups of all ranks, by first member. `group_of` must give all members of a group the
+// same group.
 template <typename GroupOf>
 std::vector<Group> distinct_groups(int world_size, const GroupOf& group_of) {
   std::vector<Group> groups;

@@ -37,7 +37,7 @@ std::vector<bool> BoundaryAgreement::sum(const std::vector<bool>& used, const at
   streams_.compute->wait(*summed_);  // of the last boundary
   const auto numel = kNumWords + static_cast<int64_t>(used.size());
   const at::Tensor flags = memory.narrow(0, 0, numel);
-  // The transport of the control group is that of the shards.
+  // The control group sends from the device of the shards.
   const bool is_on_host = flags.device().is_cpu();
   at::Tensor on_host = is_on_host ? flags : at::empty({numel}, at::kLong);
   auto* words = on_host.mutable_data_ptr<int64_t>();
@@ -49,7 +49,7 @@ std::vector<bool> BoundaryAgreement::sum(const std::vector<bool>& used, const at
   streams_.gather_rail->wait(*written_);
   control_->all_reduce(flags, *streams_.gather_rail);
   streams_.gather_rail->record(*summed_);
-  // Used here is used somewhere: nothing to wait for.
+  // If all were used on this rank, the sum can tell nothing new: no wait.
   if (std::find(used.begin(), used.end(), false) == used.end()) return used;
   streams_.compute->wait(*summed_);
   streams_.compute->note_read(flags);
@@ -61,7 +61,7 @@ std::vector<bool> BoundaryAgreement::sum(const std::vector<bool>& used, const at
   return used_anywhere;
 }
 
-// On a CPU the sum has run beside the reductions that compute has waited for.
+// On a CPU this wait is short: compute has waited for reductions that ran beside the sum.
 void BoundaryAgreement::check(const at::Tensor& memory) {
   if (control_ != nullptr && control_->moves_data() && memory.device().is_cpu()) {
     streams_.compute->wait(*summed_);

@@ -52,12 +52,12 @@ Engine::Engine(std::vector<std::shared_ptr<Unit>> units, Communicator* control,
       agreement_(std::make_unique<BoundaryAgreement>(units_, control, *streams_, *digest_)),
       forwards_(std::make_unique<OpenForwards>(units_.size())) {}
 
-// Queued work uses the communicators.
+// Waits for queued work, which uses the communicators.
 Engine::~Engine() {
   for (Stream* stream : streams_->communication()) {
     try {
       stream->synchronize();
-    } catch (...) {  // a failure that nobody waited for
+    } catch (...) {  // a failure that nobody has waited for
     }
   }
 }
@@ -72,7 +72,7 @@ void Engine::plan_memory() {
   reduces_->set_memory(memory_.get());
 }
 
-// Where all ranks are, as the memory may have to be registered.
+// Called at the same points on all ranks, because registering memory is collective.
 void Engine::ensure_memory() {
   plan_memory();
   if (memory_->needs_registration()) {
@@ -82,7 +82,7 @@ void Engine::ensure_memory() {
   gathers_->order_after_shard_writes();
 }
 
-// Where the settings have changed since it was planned, and nothing is in it.
+// Drops the memory if settings have changed since it was planned, and nothing is in it.
 void Engine::drop_changed_memory() {
   if (memory_ != nullptr && !gathers_->is_any_in_use() && !reduces_->holds_block() &&
       !memory_->is_planned_for(units_)) {
@@ -90,14 +90,14 @@ void Engine::drop_changed_memory() {
   }
 }
 
-// Only while no module holds full parameters and no gradient block holds a sum.
+// Call only while no module holds full parameters and no gradient block holds a sum.
 void Engine::drop_memory() {
   for (Stream* stream : streams_->communication()) stream->synchronize();
   gathers_->reset();
   free_memory();
 }
 
-// The streams are empty, but communicators hold what their last operations worked in.
+// The streams are idle, but communicators still hold the memory of their last operations.
 void Engine::free_memory() {
   for (Communicator* communicator : hop_communicators(units_)) communicator->release_finished();
   agreement_->release_finished();
@@ -132,8 +132,8 @@ const RuntimeMemory& Engine::memory() {
 // --- forward ---
 
 void Engine::begin_phase(Phase phase) {
-  // After a forward that records comes its backward; after a backward that is no boundary the next
-  // micro-step. A boundary is followed by a write of the shards.
+  // Whether to prefetch past the phase: from a forward that records into its backward, and from a
+  // backward that is no boundary into the next micro-step. After a boundary the shards are written.
   const auto is_boundary = [](const std::shared_ptr<Unit>& unit) {
     return unit->settings().is_boundary();
   };
@@ -144,7 +144,7 @@ void Engine::begin_phase(Phase phase) {
 
 void Engine::pre_forward(int unit) {
   const bool is_recomputation = is_inside_autograd();
-  // It may reset the engine, so it comes first.
+  // Comes first, because it may reset the engine.
   OpenCall open = is_recomputation ? open_recomputation(unit) : open_forward(unit);
   forwards_->calls(unit).push_back(std::move(open));
   if (is_recomputation && units_[static_cast<size_t>(unit)]->parameters().is_unsharded()) {
@@ -180,10 +180,10 @@ OpenCall Engine::open_recomputation(int unit) {
   return open;
 }
 
-// The outermost forward begins.
+// Begins the outermost forward.
 void Engine::begin_forward(int unit) {
-  // A backward that threw leaves half of its gradients behind, a collective that threw a stream
-  // that drops its work; a new forward starts afresh.
+  // A backward that threw leaves half of its gradients behind; a collective that threw leaves a
+  // stream that drops its work. A new forward starts afresh.
   if (backward_died() || has_failed()) reset();
   check_hooks();
   drop_changed_memory();
@@ -217,7 +217,7 @@ void Engine::watch(OpenCall& open, int unit, const std::vector<at::Tensor>& outp
   for (const at::Tensor& output : outputs) {
     if (!output.requires_grad()) continue;
     open.is_watched = true;
-    // The hook owns the tape: a graph that is dropped takes its tape with it.
+    // The hook owns the tape, so a graph that is dropped drops its tape too.
     output.register_hook([route = routes_.front(), open, unit](const at::Tensor&) {
       if (const std::shared_ptr<Engine> engine = route->engine.lock()) {
         engine->enter_backward(open, route->units[static_cast<size_t>(unit)]);
@@ -241,7 +241,7 @@ void Engine::watch_outputs(int unit, const std::vector<at::Tensor>& outputs) {
 void Engine::lend(int unit, bool is_group) {
   Unit& lent = this->unit(unit);
   if (is_inside_autograd()) {
-    // A recomputation: the forward that it repeats has lent the unit too.
+    // A recomputation; the forward that it repeats has lent the unit before.
     if (backward_alive_.expired() || lent.parameters().is_unsharded()) return;
     prefetcher_->use(unit);
     return schedule_->note_late_use(unit);
@@ -252,14 +252,14 @@ void Engine::lend(int unit, bool is_group) {
   OpenCall open;
   open.tape = forwards_->tape;
   if (c10::GradMode::is_enabled()) open.call = schedule_->begin_lent_call(*open.tape, unit);
-  // It ends after all others.
+  // First in the list, because it ends after all others.
   calls.insert(calls.begin(), std::move(open));
   forwards_->lent.push_back(unit);
   lent.set_lent();
   prefetcher_->use(unit);
 }
 
-// Lets backward of a call without outputs start at the first gradient of a full parameter.
+// For a call without outputs: its backward starts at the first gradient of a full parameter.
 void Engine::watch_gradients(const OpenCall& opaque, int unit) {
   forwards_->opaque(unit) = opaque;
   this->unit(unit).gradients().watch([route = routes_.front(), unit] {
@@ -286,8 +286,8 @@ void Engine::end_call(int unit, bool failed) {
     }
   }
   if (is_opaque && !open.is_recomputation) watch_gradients(open, unit);
-  // Inside backward the schedule alone reshards: the recomputed forward's backward is still to
-  // come.
+  // Inside backward only the schedule reshards: the backward of the recomputed forward is still
+  // to come.
   if (open.is_recomputation || !calls.empty()) return;
   const Residency after = is_opaque && open.call >= 0
                               ? Residency::kFull
@@ -304,11 +304,11 @@ void Engine::post_forward(int unit, bool failed) {
   }
   end_call(unit, failed);
   if (is_recomputation) return;
-  // What its backward needs first can move beside the loss.
+  // What backward needs first can be gathered while the loss is computed.
   if (!failed && forwards_->depth > 1) prefetcher_->look_past_forward();
   if (--forwards_->depth == 0) {
     forwards_->tape = nullptr;
-    // What is started ahead now is a backward's.
+    // What is prefetched from here on is for a backward.
     gathers_->end_forward();
     prefetcher_->end();
   }
@@ -361,7 +361,7 @@ bool Engine::backward_died() const {
 void Engine::begin_backward() {
   if (!backward_alive_.expired()) return;
   if (backward_died()) {
-    // No forward came between: only what the dead backward left is dropped.
+    // No forward came in between: drop only what the dead backward left.
     reset_pipelines();
     (void)schedule_->finish_backward();
   }
@@ -405,7 +405,7 @@ void Engine::run(const std::vector<Action>& actions) {
         reduce(action.unit);
         break;
       case ActionKind::kReshard:
-        // One that this backward has not gathered may have been for what comes next.
+        // A gather that this backward has not asked for may be a prefetch for what comes next.
         if (settings.unshard_in_backward || !gathers_->is_started(action.unit)) {
           prefetcher_->rest(action.unit, settings.residency.between_microsteps);
         }
@@ -431,8 +431,8 @@ void Engine::finish_backward() {
   reduces_->free_gradients();
 }
 
-// At a boundary: hop 2 for units that this backward did not touch but earlier micro-steps did, then
-// makes the gradients visible.
+// At a boundary: runs hop 2 for units that only earlier micro-steps have touched, then makes the
+// gradients visible.
 void Engine::synchronize_boundary() {
   std::vector<int> finished;
   std::vector<bool> used;
@@ -447,7 +447,7 @@ void Engine::synchronize_boundary() {
   }
   if (finished.empty()) return;
   // A parameter that no rank used keeps `.grad` None, as in one process; one that some rank used
-  // has a gradient on all. One small reduction tells.
+  // gets a gradient on all ranks. One small reduction tells which.
   used = agreement_->sum(used, memory_->flags());
   for (const int index : finished) reduces_->wait(index);
   agreement_->check(memory_->flags());
@@ -456,7 +456,7 @@ void Engine::synchronize_boundary() {
   publish_gradients(finished, used);
 }
 
-// `used`: one flag for each trainable parameter of the `finished` units.
+// `used` has one flag for each trainable parameter of the `finished` units.
 void Engine::publish_gradients(const std::vector<int>& finished, const std::vector<bool>& used) {
   std::vector<std::vector<bool>> used_by_unit;
   auto flag = used.begin();
@@ -466,7 +466,7 @@ void Engine::publish_gradients(const std::vector<int>& finished, const std::vect
     unit(index).gradients().publish(used_by_unit.back());
     flag = last;
   }
-  // Hooks see all gradients, and may step an optimizer.
+  // Hooks run last: they may see all gradients, and step an optimizer.
   for (size_t i = 0; i < finished.size(); ++i) {
     unit(finished[i]).gradients().run_hooks(used_by_unit[i]);
   }
@@ -513,7 +513,7 @@ void Engine::reset() {
   gathers_->end_forward();
   backward_alive_.reset();
   backward_started_ = false;
-  // What went wrong may be that ranks recorded different orders.
+  // The failure may be that ranks recorded different execution orders.
   prefetcher_->forget();
   reset_pipelines();
 }

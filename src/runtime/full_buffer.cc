@@ -12,7 +12,7 @@ namespace mics {
 namespace {
 
 // StorageImpl::throw_on_immutable_data_ptr_ makes every access raise, but torch has no public way
-// to take it back. An explicit instantiation may name a private member, so this is checked at
+// to reset it. An explicit instantiation may name a private member, so this is checked at
 // compile time: a torch without the member does not build.
 template <bool c10::StorageImpl::* kMember>
 struct AccessPrivate {
@@ -31,7 +31,7 @@ FullBuffer::FullBuffer(int64_t numel, at::ScalarType dtype, at::Device device, s
       storage_(c10::make_intrusive<c10::StorageImpl>(c10::StorageImpl::use_byte_size_t(), nbytes_,
                                                      at::DataPtr(nullptr, device),
                                                      /*allocator=*/nullptr, /*resizable=*/false)) {
-  // Detached from the start.
+  // Starts detached.
   is_attached_ = true;
   detach();
 }

@@ -22,7 +22,7 @@ GatherPipeline::GatherPipeline(const std::vector<std::shared_ptr<Unit>>& units,
 
 namespace {
 
-// Not every backend moves every dtype (fp8, integers), and a gather only moves.
+// As bytes where a backend may not know the dtype (fp8, integers): a gather does not compute.
 at::Tensor to_move(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case at::kFloat:
@@ -35,7 +35,7 @@ at::Tensor to_move(const at::Tensor& tensor) {
   }
 }
 
-// By state, the next one; see the header. In the order of GatherState.
+// Row: state; column: the next one. In the order of GatherState; see the header.
 constexpr bool kIsLegal[7][7] = {
     // kNone kStarted kRetained kInUse kRefreshing kKept kResting
     {true, true, false, false, false, false, false},  // kNone
@@ -78,7 +78,7 @@ bool GatherPipeline::is_awaited(int index) const {
   return now == kInUse || now == kKept || now == kResting;
 }
 
-// Hop 1, or the cast of the shard where there is one node.
+// The stream of hop 1, or of the cast of the shard where there is one node.
 Stream& GatherPipeline::block_stream(const Unit& unit) {
   return unit.num_nodes() > 1 ? *streams_.gather_rail : *streams_.gather_intra;
 }
@@ -94,14 +94,14 @@ bool GatherPipeline::is_current(int index, const std::optional<Weights>& gathere
   Weights now = weights(index);
   now.forward = gathered->forward;
   if (*gathered != now) return false;
-  // A backward uses what its forward used.
+  // In a backward, what its forward used is current.
   return !in_forward_ || of(index).is_requested || gathered->forward >= oldest_forward_;
 }
 
 void GatherPipeline::begin_forward(bool is_new, bool records) {
   in_forward_ = true;
   if (is_new) {
-    if (oldest_forward_ < num_forwards_) accumulation_start_.reset();  // it was given up
+    if (oldest_forward_ < num_forwards_) accumulation_start_.reset();  // was given up
     oldest_forward_ = ++num_forwards_;
     if (records && !accumulation_start_.has_value()) accumulation_start_ = num_forwards_;
   } else {
@@ -124,7 +124,7 @@ void GatherPipeline::order_after_shard_writes() {
   streams_.gather_intra->wait(*shards_written_);
 }
 
-// A write in the middle of a step.
+// For writes in the middle of a step.
 void GatherPipeline::order(int index) {
   if (of(index).ordered != weights(index)) order_after_shard_writes();
 }
@@ -157,7 +157,7 @@ void GatherPipeline::free_block(int index) {
   taken.block = nullptr;
 }
 
-// Its last reader is compute.
+// The slot is free when compute, its last reader, has come this far.
 void GatherPipeline::free_full(int index) {
   Gather& taken = of(index);
   unit(index).parameters().detach();
@@ -222,8 +222,8 @@ std::vector<TensorPair> GatherPipeline::make_pairs(int index) {
   return pairs;
 }
 
-// Hop 2. Its tensors are made once per pair of planned slots and kept. Those of a grown slot are not:
-// the slot is freed with its last tensor.
+// Hop 2. Its tensors are made once per pair of planned slots, and kept. Those of a grown slot are
+// not kept: the slot is freed with its last tensor.
 void GatherPipeline::send_intra(int index) {
   Gather& to = of(index);
   Unit& started = unit(index);
@@ -342,7 +342,7 @@ void GatherPipeline::reset() {
   for (int index = 0; index < static_cast<int>(gathers_.size()); ++index) {
     unit(index).parameters().register_parameters(ParameterKind::kSharded);
     unit(index).parameters().detach();
-    // Events keep a failure, and slots their events. Graphs that are alive know the writes.
+    // Events keep a failure, so new ones are made. Graphs that are alive still compare num_writes.
     const int64_t num_writes = of(index).num_writes;
     of(index) = Gather();
     of(index).num_writes = num_writes;

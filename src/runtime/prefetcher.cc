@@ -10,7 +10,7 @@ namespace mics {
 
 namespace {
 
-// Units that stay unsharded and are passed over when looking ahead: bounds the host's work.
+// How many units that stay full may be skipped when looking ahead: bounds the host's work.
 constexpr int kMaxPassedOver = 8;
 
 }  // namespace
@@ -67,7 +67,7 @@ void Prefetcher::start_recorded() {
   }
 }
 
-// The next `depth` units to gather in the recorded order, as far as it is known.
+// The next `depth` units to gather in the recorded execution order, as far as it is known.
 const std::vector<int>& Prefetcher::upcoming(int depth) {
   upcoming_.clear();
   if (depth == 0) return upcoming_;
@@ -78,17 +78,17 @@ const std::vector<int>& Prefetcher::upcoming(int depth) {
   for (const int unit : order_.upcoming(depth + kMaxPassedOver)) {
     if (!add(unit)) return upcoming_;
   }
-  // A forward that is no part of an accumulation gathers for itself.
+  // A forward that continues no accumulation gathers for itself: weights change before it.
   if (order_.is_forward_next() && !is_any_accumulating(units_)) return upcoming_;
   for (const int unit : order_.following(depth + kMaxPassedOver)) {
-    // One that is in use now is gathered again first.
+    // A unit that is in use now must be freed before it can be gathered again.
     if (gathers_.is_in_use(unit) && !stays_full(unit)) break;
     if (!add(unit)) break;
   }
   return upcoming_;
 }
 
-// `unit` needs no gather for its next use: it is full, and stays so when its module is done with it.
+// Whether `unit` needs no gather for its next use: it is full, and stays full after this use.
 bool Prefetcher::stays_full(int unit) const {
   const Unit& asked = *units_[static_cast<size_t>(unit)];
   if (asked.parameters().full_is_shard()) return true;
@@ -101,7 +101,7 @@ bool Prefetcher::stays_full(int unit) const {
 
 void Prefetcher::rest(int unit, Residency residency) {
   // Only inside the phase: the last unit of a forward is gathered again for its backward, as the
-  // byte counts of the plan say.
+  // planned bytes count it.
   const std::span<const int> next = order_.upcoming(depths_.intra);
   if (residency != Residency::kFull && std::find(next.begin(), next.end(), unit) != next.end()) {
     return gathers_.keep(unit);

@@ -29,7 +29,7 @@ void accumulate(Stream& stream, const at::Tensor& sum, const at::Tensor& value, 
   });
 }
 
-// The same memory, owned by somebody else.
+// Tensors over the same memory, which do not own it.
 std::vector<at::Tensor> borrow(const std::vector<at::Tensor>& tensors) {
   std::vector<at::Tensor> borrowed;
   for (const at::Tensor& tensor : tensors) {
@@ -55,7 +55,7 @@ Stream& ReducePipeline::accumulation_stream(const Unit& unit) {
                                                      : *streams_.reduce_intra;
 }
 
-// The alignment gaps travel over the rails with the chunks and must hold numbers.
+// The alignment gaps are sent over the rails with the chunks, so they must hold numbers.
 void ReducePipeline::zero_gaps(const Unit& unit, const at::Tensor& block) {
   const ShardLayout& layout = unit.gradients().layout();
   if (layout.payload_numel() == layout.shard_numel()) return;
@@ -76,7 +76,7 @@ void ReducePipeline::reduce(int index) {
   const int slot = static_cast<int>(next_);
   InFlight& in_flight = in_flight_[next_];
   next_ = (next_ + 1) % in_flight_.size();
-  // The memory of the reduction that used this slot, and the gradients that it read, are free.
+  // After these waits the memory of this slot's earlier reduction, and its gradients, are free.
   std::chrono::nanoseconds& exposed = state(index).exposed;
   wait_exposed(*streams_.compute, *in_flight.intra_done, "earlier reduction", reduced.name(),
                exposed);
@@ -113,7 +113,7 @@ void ReducePipeline::reduce_to_block(int index, int slot, const std::vector<at::
   const at::Tensor sum = gradient_block(index);
   const bool is_first = !gradients.has_block();
   const bool is_direct = is_first && sum.scalar_type() == gradients.reduce_dtype();
-  // A gradient that comes late, after hop 2 of the block in this backward, which may still read it.
+  // A late gradient: hop 2 of the block has run in this backward, and may still read the block.
   if (is_first && gradients.state() == GradientState::kSynchronized) {
     stream.wait(*state(index).accumulated);
   }
@@ -164,7 +164,7 @@ at::Tensor ReducePipeline::gradient_block(int index) {
   return memory_->gradient_block(index, numel, accumulation_dtype(gradients.reduce_dtype()));
 }
 
-// Hop 2 of what was accumulated in a gradient block.
+// Runs hop 2 for what was accumulated in a gradient block.
 void ReducePipeline::reduce_accumulated_block(int index) {
   UnitGradients& gradients = unit(index).gradients();
   const HopCommunicators& hops = unit(index).communicators().reduce;
@@ -221,7 +221,7 @@ void ReducePipeline::synchronize(int index) {
   stream.record(*state(index).synchronized);
 }
 
-// A number given to mul_() would become a tensor each time, and one of another dtype another one.
+// mul_() would make a tensor of a plain number each time. One tensor is kept for each dtype.
 const at::Tensor& ReducePipeline::factor_of(double factor, const at::Tensor& like) {
   for (const Factor& known : factors_) {
     if (known.value == factor && known.tensor.scalar_type() == like.scalar_type()) {
@@ -258,7 +258,7 @@ bool ReducePipeline::holds_block() const {
 }
 
 void ReducePipeline::drop(int index) {
-  // Memory that is still written must not be used again.
+  // Memory that is still being written must not be reused.
   if (unit(index).gradients().synchronized().defined()) wait(index);
   unit(index).gradients().drop();
 }
@@ -270,7 +270,7 @@ void ReducePipeline::reset() {
   memory_ = nullptr;
 }
 
-// Events keep a failure; after it they must not be waited for.
+// Makes new events: old ones keep a failure, and must not be waited for after it.
 void ReducePipeline::make_events() {
   gradients_ready_ = streams_.compute->make_event();
   for (size_t i = 0; i < units_.size(); ++i) {

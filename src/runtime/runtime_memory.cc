@@ -13,11 +13,11 @@ namespace mics {
 
 namespace {
 
-// Start of every region: what vector instructions and network cards like best.
+// Alignment of every region, as vector instructions and network cards like it best.
 constexpr int64_t kRegionAlignment = 512;
 
 at::Tensor allocate(int64_t nbytes, at::Device device) {
-  // Buffers made here outlive an inference mode of the caller.
+  // Buffers made here outlive the caller's inference mode.
   const c10::InferenceMode no_inference(false);
   return at::empty({nbytes}, at::TensorOptions().dtype(at::kByte).device(device));
 }
@@ -93,7 +93,7 @@ Slot* SlotPool::grow(int64_t nbytes, at::Device device) {
   add(allocate(nbytes, device));
   slots_.back().is_taken = true;
   slots_.back().is_planned = false;
-  // The allocator gives out memory in the order of compute, which may still read what was in it.
+  // The allocator orders memory by compute, which may still read what was there before.
   events_.note_write(slots_.back().memory);
   events_.record(*slots_.back().free);
   return &slots_.back();
@@ -114,7 +114,7 @@ RuntimeMemory::RuntimeMemory(const std::vector<std::shared_ptr<Unit>>& units, co
       block_slots_(events),
       homes_(units.size()),
       reductions_(static_cast<size_t>(depths.reductions)) {
-  // Views by dtype that are made in the caller's inference mode could not be written to later.
+  // Views made in the caller's inference mode could not be written to later.
   const c10::InferenceMode no_inference(false);
   Cutter cutter;
   plan_units(units, depths, events, cutter);
@@ -166,8 +166,8 @@ void RuntimeMemory::plan_units(const std::vector<std::shared_ptr<Unit>>& units,
     cutter.ask("full slots", nbytes,
                [this](at::Tensor memory) { full_slots_.add(std::move(memory)); });
   }
-  // Hop 2 gives a block back when it is started: one fills while another is read. They take turns,
-  // so each must fit every unit.
+  // Hop 2 gives its block back when it is issued: one block fills while another is read. They take
+  // turns, so each must fit every unit.
   const std::vector<int64_t> blocks =
       largest(std::move(block_sizes), depths.rail - depths.intra + 1);
   for (size_t i = 0; i < blocks.size(); ++i) {

@@ -46,14 +46,14 @@ void StepDigest::clear() {
   launches_.clear();
 }
 
-// 24 bits: the square of one and the sum of many thousands fit an int64.
+// 24 bits, so that the sum of the squares of many thousand ranks fits an int64.
 void StepDigest::write(int64_t* words) const {
   const uint64_t digest = (hash_ >> 40) & 0xffffff;
   words[0] = static_cast<int64_t>(digest);
   words[1] = static_cast<int64_t>(digest * digest);
 }
 
-// n * sum(d^2) = (sum d)^2 only if all d are equal; unsigned arithmetic wraps on both sides alike.
+// n * sum(d^2) = (sum d)^2 only if all d are equal; unsigned arithmetic wraps alike on both sides.
 bool StepDigest::are_equal(const int64_t* sums, int num_ranks) {
   const auto sum = static_cast<uint64_t>(sums[0]);
   const auto sum_of_squares = static_cast<uint64_t>(sums[1]);

@@ -18,7 +18,7 @@ void check_block(const ShardLayout& layout, const at::Tensor& block, const HopCo
              ", num_nodes=", hops.num_nodes(), ", shard_numel=", layout.shard_numel(), ".");
 }
 
-// Rows of node `slot` in a region: what its L ranks own of the parameter, in rank order.
+// Rows of node `slot` in a region: those that its L ranks own of the parameter, in rank order.
 at::Tensor node_rows(const at::Tensor& region, const ParameterLayout& parameter, int slot,
                      int ranks_per_node) {
   const int64_t numel = parameter.chunk_numel * ranks_per_node;
@@ -39,8 +39,8 @@ at::Tensor own_slot(const ShardLayout& layout, const at::Tensor& block,
   return block.narrow(0, layout.shard_numel() * hops.slot(), layout.shard_numel());
 }
 
-// Views into buffers of the runtime: nobody differentiates them or asks for their versions, and
-// without that bookkeeping a view costs a third.
+// Views into buffers of the runtime. Nobody differentiates them or asks for their versions, and a
+// view without that bookkeeping costs a third.
 std::vector<TensorPair> gather_pairs(const ShardLayout& layout, const at::Tensor& block,
                                      const at::Tensor& full, const HopCommunicators& hops) {
   check_block(layout, block, hops);

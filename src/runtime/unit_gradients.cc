@@ -24,7 +24,7 @@ at::Tensor chunk_of(const at::Tensor& buffer, const ParameterLayout& parameter) 
   return buffer.narrow(0, parameter.shard_offset, parameter.chunk_numel);
 }
 
-// By state, the next one; see the header. In the order of GradientState.
+// Row: state; column: the next one. In the order of GradientState; see the header.
 constexpr bool kIsLegal[4][4] = {
     {false, true, false, false},  // kNone
     {false, true, true, false},   // kAccumulated
@@ -92,7 +92,7 @@ bool UnitGradients::has_full() const {
                      [&](int index) { return parameters_.full(index).grad().defined(); });
 }
 
-// Whether autograd's own tensor can be reduced where it is.
+// Whether autograd's own tensor can be reduced in place, without packing.
 bool UnitGradients::fits_region(const at::Tensor& gradient, int64_t region_numel) const {
   return gradient.defined() && gradient.is_contiguous() &&
          gradient.scalar_type() == reduce_dtype_ && gradient.numel() == region_numel;
@@ -145,7 +145,7 @@ std::vector<at::Tensor> UnitGradients::take_full(const std::function<at::Tensor(
     }
     regions.push_back(region);
   }
-  // One call for all: on a GPU one kernel casts and packs the gradients of a unit.
+  // One call for all: on a GPU one kernel casts and packs all gradients of a unit.
   if (!gaps.empty()) at::_foreach_zero_(gaps);
   if (!places.empty()) at::_foreach_copy_(places, gradients);
   return regions;
@@ -171,8 +171,7 @@ at::Tensor UnitGradients::free_buffer() {
   if (gradient_.scalar_type() == dtype && !synchronized_.is_same(gradient_) && !has_visible()) {
     return gradient_;
   }
-  // Gradients that came after the unit's reduction, beside a visible one: rare, and freed after
-  // use.
+  // Rare: gradients that come after the unit's reduction, beside visible ones. Freed after use.
   if (separate_.defined() && synchronized_.is_same(separate_)) return at::zeros_like(separate_);
   if (!separate_.defined()) {
     separate_ = at::zeros_like(gradient_, gradient_.options().dtype(dtype));
@@ -215,7 +214,7 @@ void UnitGradients::publish(const std::vector<bool>& is_used) {
     if (!is_used[static_cast<size_t>(i)]) continue;
     at::Tensor home = gradients_[static_cast<size_t>(trainable(i))];
     const at::Tensor& visible = sharded(i).grad();
-    // What the user put there instead of our gradient is part of the sum.
+    // If the user has put another gradient there, it is part of the sum.
     const bool is_foreign = visible.defined() && !visible.is_same(home);
     if (is_home) {
       if (is_foreign) home.add_(visible);

@@ -25,8 +25,8 @@ ShardLayout layout_of(const UnitOptions& options) {
                      layout_alignment(options.parameter_dtype, options.reduce_dtype));
 }
 
-// One rank and one dtype: the shard has every row where the full parameters want it. So it has
-// where there are no rows.
+// Whether the shard can serve as the full parameters: with one rank and one dtype, if every row is
+// at its place, or if there are no rows.
 bool is_full(const ShardLayout& layout, const UnitOptions& options) {
   if (layout.full_numel() == 0) return true;
   if (options.partition_size != 1 || options.shard.scalar_type() != options.parameter_dtype ||
@@ -39,7 +39,7 @@ bool is_full(const ShardLayout& layout, const UnitOptions& options) {
   return true;
 }
 
-// By state, the next one; see the header. In the order of ParameterState.
+// Row: state; column: the next one. In the order of ParameterState; see the header.
 constexpr bool kIsLegal[3][3] = {
     {false, true, false},  // kSharded
     {true, false, true},   // kAttached

@@ -22,7 +22,7 @@ int64_t total_numel(const std::vector<TensorPair>& pairs, TensorMember member) {
   return numel;
 }
 
-// A contiguous tensor in one dimension, and as bytes where Gloo does not know the dtype.
+// A contiguous tensor flattened, and viewed as bytes where Gloo does not know the dtype.
 at::Tensor as_message(const at::Tensor& tensor) {
   const at::Tensor flat = tensor.dim() == 1 ? tensor : tensor.view({-1});
   return flat.scalar_type() == at::kBFloat16 ? flat.view(at::kByte) : flat;
@@ -89,7 +89,7 @@ class C10dCommunicator final : public Communicator {
   // Gloo's all-gather is a ring.
   Route gather_route() const override { return Route::kRing; }
 
-  // A ProcessGroup has no grouped launch: the pieces of several pairs travel as one message.
+  // A ProcessGroup has no grouped launch, so the pieces of several pairs are sent as one message.
   void do_all_gather(const std::vector<TensorPair>& pairs) override {
     if (pairs.size() == 1) return gather_bytes(pairs[0].output, pairs[0].input);
     const int64_t numel = total_numel(pairs, &TensorPair::input);
@@ -152,7 +152,7 @@ class C10dCommunicator final : public Communicator {
     sum_rows_in_order(output, received);
   }
 
-  // Issues an operation, waits for it and says who and where when it fails.
+  // Issues an operation and waits for it. If it fails, the error names operation, group and rank.
   void run(const char* op, const std::function<c10::intrusive_ptr<c10d::Work>()>& issue) {
     ++num_started_;
     try {
@@ -184,7 +184,7 @@ class C10dCommunicator final : public Communicator {
   const std::chrono::milliseconds timeout_;
   const bool moves_data_;
   Staging staging_;  // used where the operations run
-  // For messages. Traffic is counted on the issuing thread, this where the operation runs.
+  // For messages. Counted where the operations run; traffic is counted on the issuing thread.
   int64_t num_started_ = 0;
 };
 

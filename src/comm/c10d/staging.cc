@@ -17,7 +17,7 @@ void copy_span(const at::Tensor& to, int64_t to_offset, const at::Tensor& from, 
     to.view({-1}).narrow(0, to_offset, numel).copy_(from.view({-1}).narrow(0, from_offset, numel));
     return;
   }
-  // A unit has many small parameters, and a tensor operation costs more than their bytes.
+  // A unit has many small parameters: a tensor operation would cost more than copying their bytes.
   const auto size = static_cast<int64_t>(to.element_size());
   std::memcpy(static_cast<char*>(to.mutable_data_ptr()) + to_offset * size,
               static_cast<const char*>(from.const_data_ptr()) + from_offset * size,

@@ -20,7 +20,7 @@ std::string key_of(int64_t incident, int rank) {
   return "progress/" + std::to_string(incident) + "/" + std::to_string(rank);
 }
 
-// The log and the thread that answers for it.
+// A flight log, and the thread that answers the reports of other ranks from it.
 class ReportingLog {
  public:
   ReportingLog(c10::intrusive_ptr<c10d::Store> for_thread, c10::intrusive_ptr<c10d::Store> for_log,
@@ -52,7 +52,7 @@ class ReportingLog {
     store.set(key_of(incident, rank_), encode_progress(log.progress()));
   }
 
-  // On the thread.
+  // Runs on the thread: polls for alarms, and answers each once.
   void answer() {
     int64_t answered = -1;
     std::unique_lock<std::mutex> lock(mutex_);
@@ -71,7 +71,7 @@ class ReportingLog {
     }
   }
 
-  // Where the operation that failed runs.
+  // Runs on the thread of the operation that failed.
   std::string report(const FlightLog& log) {
     const int64_t incident = log.incident();
     std::vector<std::optional<std::vector<GroupProgress>>> ranks(static_cast<size_t>(world_size_));
@@ -89,7 +89,7 @@ class ReportingLog {
     return describe_ranks(ranks);
   }
 
-  // True when all have answered.
+  // Reads the answers that are there; true when all ranks have answered.
   bool take_answers(int64_t incident,
                     std::vector<std::optional<std::vector<GroupProgress>>>& ranks) {
     bool are_all = true;

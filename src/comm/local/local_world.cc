@@ -12,23 +12,23 @@
 
 namespace mics {
 
-// What a member brings to an operation. The pairs are those of its caller.
+// What a member brings to an operation. `pairs` belongs to the caller of the operation.
 struct LocalOperation {
   const char* name;
   const std::vector<TensorPair>* pairs;
 };
 
-// Where the members of one group show each other what they bring to an operation. An operation has
-// two meetings. The first waits for members to come, within the time-out. Between the two, members
-// read each other's tensors and wait for nothing, so the second has no time-out: nobody leaves,
-// whether with a result or an error, while another still reads.
+// The rendezvous of the members of one group, where they show each other what they bring to an
+// operation. An operation has two. The first waits for all members, within the time-out. Between
+// the two, members read each other's tensors and wait for nothing, so the second has no time-out:
+// nobody leaves, with a result or an error, while another still reads.
 class LocalMeetingPoint {
  public:
   LocalMeetingPoint(int size, std::chrono::milliseconds timeout)
       : size_(size), timeout_(timeout), operations_(static_cast<size_t>(size)) {}
 
-  // Shows `operation` to the others and returns when all members have come. end_reading() follows
-  // on every path. After a time-out every later call fails at once.
+  // Shows `operation` to the others and returns when all members have come. The caller must then
+  // call end_reading() on every path. After a time-out every later call fails at once.
   void begin(const GroupInfo& group, const LocalOperation& operation) {
     std::unique_lock<std::mutex> lock(mutex_);
     if (is_broken_) throw CommError("a member of " + group.name + " left after an error.");
@@ -76,7 +76,7 @@ class LocalMeetingPoint {
   int num_reading_ = 0;
   int64_t generation_ = 0;
   bool is_broken_ = false;
-  // Written under mutex_ before the first meeting, read without it until the second.
+  // Written under mutex_ before the first rendezvous, read without it until the second.
   std::vector<LocalOperation> operations_;
 };
 
@@ -86,7 +86,7 @@ at::Tensor piece_of(const at::Tensor& tensor, int64_t numel, int index) {
   return tensor.narrow(0, numel * index, numel);
 }
 
-// One member's part in one operation: from the first meeting to the second, on every path.
+// One member's part in one operation: from the first rendezvous to the second, on every path.
 class Visit {
  public:
   Visit(LocalMeetingPoint& meeting_point, const GroupInfo& group, const LocalOperation& operation)
@@ -107,14 +107,14 @@ class Visit {
     return *meeting_point_.operation_of(member).pairs;
   }
 
-  // Returns when the own tensors may be written. Does nothing the second time.
+  // Returns when this member's tensors may be written. A second call does nothing.
   void end_reading() {
     if (is_reading_) meeting_point_.end_reading();
     is_reading_ = false;
   }
 
  private:
-  // Every member sees what all bring, so each refuses a mismatch by itself.
+  // Every member sees what all bring, so each detects a mismatch by itself.
   void check_same_operation(const LocalOperation& own) const {
     for (int member = 0; member < group_.size(); ++member) {
       const LocalOperation& other = meeting_point_.operation_of(member);

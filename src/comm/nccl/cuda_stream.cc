@@ -14,7 +14,7 @@ namespace {
 // How long reset() waits for the work of a world that has failed.
 constexpr std::chrono::seconds kDrainLimit{10};
 
-// Calls `query` until it is not cudaErrorNotReady, at growing distances.
+// Polls `query` until it is not cudaErrorNotReady or `give_up` is true, at growing intervals.
 template <typename Query, typename GiveUp>
 cudaError_t poll(const Query& query, const GiveUp& give_up) {
   std::chrono::microseconds pause{10};

@@ -97,7 +97,7 @@ std::optional<InFlight::Overdue> InFlight::poll(TimePoint now, std::chrono::mill
       if (operation.log != nullptr) operation.log->finish(operation.log_id);
       continue;
     }
-    // One communicator runs its operations one after the other: later ones need no look.
+    // One communicator runs its operations one after the other: only the first can be overdue.
     const TimePoint since = operation.started_at.value_or(*operation.first_since);
     if (now - since <= (operation.started_at ? timeout : start_timeout)) return std::nullopt;
     const char* state = operation.started_at    ? ", has run for "

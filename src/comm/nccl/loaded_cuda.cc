@@ -71,7 +71,7 @@ class LoadedCuda final : public CudaApi {
   }
 
  private:
-  // Made at use: a torch without CUDA has none, and says so.
+  // Made when used: a torch without CUDA has none, and its error says so.
   [[nodiscard]] static c10::impl::VirtualGuardImpl guard() {
     return c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA);
   }
@@ -87,7 +87,7 @@ class LoadedCuda final : public CudaApi {
   decltype(&cudaRuntimeGetVersion) runtime_get_version_ = nullptr;
   decltype(&cudaDeviceGetPCIBusId) device_get_pci_bus_id_ = nullptr;
   decltype(&cudaSetDevice) set_device_ = nullptr;
-  // Overloaded in the header for C++.
+  // Spelled out, because the header overloads it in C++.
   cudaError_t (*event_create_with_flags_)(cudaEvent_t*, unsigned int) = nullptr;
   decltype(&cudaEventDestroy) event_destroy_ = nullptr;
   cudaError_t (*event_record_)(cudaEvent_t, cudaStream_t) = nullptr;

@@ -74,7 +74,7 @@ void NcclCommunicator::submit(Stream& stream, std::string_view op, std::string_v
     operation = &in_flight_->begin(describe(op, unit, nbytes, std::move(work)));
     stream_ = cuda_stream_of(stream).handle();
     comm_ = handle_->get();
-    context.failure->rethrow_if_set();  // that may have ended the handle before it was read
+    context.failure->rethrow_if_set();  // a failure may have aborted comm_ before it was read
     if (comm_ == nullptr) {
       throw CommError("a communicator must not be used after close(): got " + operation->what +
                       " (" + handle_->where() + ").");
@@ -87,7 +87,7 @@ void NcclCommunicator::submit(Stream& stream, std::string_view op, std::string_v
                "cudaEventRecord");
   } catch (...) {
     if (log != nullptr && operation != nullptr) log->fail(operation->log_id);
-    // Its peers wait for it: the world ends. Throws the first failure, which may be another one.
+    // Its peers wait for it, so the world ends. Throws the first failure, which may be another one.
     shared_.watchdog->fail(std::current_exception(), log.get());
     context.failure->rethrow_if_set();
   }
@@ -126,7 +126,7 @@ void NcclCommunicator::launch(const std::vector<TensorPair>& pairs, const char* 
     const ncclResult_t result = call(pair);
     if (is_group && result == ncclInProgress) continue;  // until the group's end
     if (is_group && result != ncclSuccess) {
-      (void)shared_.nccl->group_end();  // what is open on this thread would take in later calls
+      (void)shared_.nccl->group_end();  // an open group would take in this thread's later calls
     }
     check(result, name);
   }
@@ -162,7 +162,7 @@ std::shared_ptr<void> NcclCommunicator::register_memory(const at::Tensor& memory
   try {
     return shared_.memory->register_with(handle_, memory);
   } catch (...) {
-    // Its peers may wait for it: the world ends.
+    // Its peers may wait for it, so the world ends.
     shared_.watchdog->fail(std::current_exception(), flight_log().get());
     shared_.context->failure->rethrow_if_set();
   }

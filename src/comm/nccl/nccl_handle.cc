@@ -57,7 +57,7 @@ std::string NcclHandle::async_error() const {
 void NcclHandle::abort() noexcept {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (comm_ == nullptr) return;
-  (void)nccl_->comm_abort(comm_);  // nobody is left to tell
+  (void)nccl_->comm_abort(comm_);  // nothing can be done about an error
   comm_ = nullptr;
 }
 

@@ -78,7 +78,7 @@ void NcclWatchdog::fail(const std::exception_ptr& exception, FlightLog* log) {
   if (context_->failure->set(reported)) {
     try {
       store_->set(kFailureKey, "world_rank " + std::to_string(rank_) + ": " + text_of(exception));
-    } catch (...) {  // the Store has ended: the others find out by themselves
+    } catch (...) {  // the Store has ended: other ranks find out by themselves
     }
   }
   abort_all();
@@ -135,7 +135,7 @@ void NcclWatchdog::poll_store() {
                        store_->get_to_str(kFailureKey))),
          nullptr);
   } catch (const std::exception&) {
-    has_store_ended_ = true;  // torch.distributed has ended; what fails here is still seen
+    has_store_ended_ = true;  // torch.distributed has ended; failures of this rank are still seen
   }
 }
 

@@ -18,10 +18,10 @@ namespace mics {
 
 namespace {
 
-// What one rank tells the others before its first communicator.
+// The handshake: what each rank tells the others before its first communicator.
 struct Hello {
   int version = 0;
-  std::string settings;  // that must agree
+  std::string settings;  // must be the same on all ranks
   std::string host;
   std::string bus_id;  // of its device
 };
@@ -124,7 +124,7 @@ class NcclWorldOfRank final : public NcclWorld {
   std::unique_ptr<Communicator> make_communicator(GroupInfo group, bool only_gathers) override {
     context_->failure->rethrow_if_set();
     const std::string name = group.name + " " + list(group.world_ranks);
-    // Names, and not a number over all groups: ranks are in different groups.
+    // Counted by name, because ranks are in different groups: one count would differ among them.
     const std::string topic = "communicator/" + name + "/" + std::to_string(num_of_name_[name]++);
     const int rank = group.rank;
     std::erase_if(made_, [](const Made& made) { return made.handle->get() == nullptr; });
@@ -297,8 +297,8 @@ class NcclWorldOfRank final : public NcclWorld {
     return id;
   }
 
-  // Communicators of these members that a split could come from, a line each. Only before any
-  // operation, because a split waits for those of its parent.
+  // Communicators of these members that could be split, a line each: only those without any
+  // operation yet, because a split waits for its parent's operations.
   [[nodiscard]] std::string unused_topics(const std::vector<int>& world_ranks) const {
     std::string topics;
     if (!nccl_->has_comm_split() || world_ranks.size() == 1) return topics;
@@ -309,8 +309,8 @@ class NcclWorldOfRank final : public NcclWorld {
     return topics;
   }
 
-  // The first that all members have, from what each has said: members destroy theirs at other
-  // times. A split from it spares the exchange of an id and the bootstrap.
+  // The first one that all members have said to have: they may destroy theirs at different times.
+  // A split from it saves the exchange of an id and the bootstrap.
   [[nodiscard]] std::shared_ptr<NcclHandle> common_parent(
       const std::vector<std::string>& topics_of_members) const {
     for (const Made& made : made_) {

@@ -1,4 +1,4 @@
-// What a build without NCCL's headers gives instead of nccl_world.cc.
+// Stands in for nccl_world.cc in a build without NCCL's headers.
 #include "mics/nccl_world.h"
 #include "plan/check.h"
 

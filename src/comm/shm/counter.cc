@@ -16,7 +16,7 @@ void futex_wake_all(std::atomic<uint32_t>& word) {
   syscall(SYS_futex, &word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
 }
 
-// Sleeps while the word is `seen`, for `slice` at most. Signals and late wakes end it too.
+// Sleeps while the word is `seen`, for `slice` at most. Signals and stray wakes end it too.
 void futex_wait(std::atomic<uint32_t>& word, uint32_t seen, std::chrono::milliseconds slice) {
   timespec limit{};
   limit.tv_sec = static_cast<time_t>(slice.count() / 1000);

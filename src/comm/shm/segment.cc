@@ -44,7 +44,7 @@ void check_name(const std::string& name) {
                                       ". Make room in /dev/shm, or use another backend."));
 }
 
-// A file descriptor that is closed at the end of its scope; mappings stay.
+// A file descriptor, closed at the end of its scope; mappings stay.
 class File {
  public:
   explicit File(int descriptor) : descriptor_(descriptor) {}
@@ -59,7 +59,7 @@ class File {
   const int descriptor_;
 };
 
-// Populated at once: no page fault in the first collectives.
+// Maps the file and populates it at once, so that no collective has page faults.
 void* map(int descriptor, size_t nbytes, const std::string& name) {
   void* memory = mmap(nullptr, nbytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE,
                       descriptor, /*offset=*/0);
@@ -168,7 +168,7 @@ Segment Segment::attach(const std::string& name, uint64_t group_key, int size, i
 
 void Segment::take_place() {
   uint32_t expected = Member::kAbsent;
-  // Relaxed: it only tells two that want one place apart; the process is published below.
+  // Relaxed: it only decides which of two gets the place; the process is published below.
   const bool is_free =
       own().state.compare_exchange_strong(expected, Member::kAttaching, std::memory_order_relaxed);
   MICS_CHECK(is_free, "each member of a group attaches once: got rank=", rank_, " again (segment ",
@@ -177,7 +177,7 @@ void Segment::take_place() {
   // Release: who sees kAttached sees the process.
   own().state.store(Member::kAttached, std::memory_order_release);
   has_place_ = true;
-  // Acquire and release, so that the last one comes after everybody's attachment.
+  // Acquire and release, so that the last one sees that everybody is attached.
   const int32_t num_before = header().num_attached.fetch_add(1, std::memory_order_acq_rel);
   if (num_before + 1 == header().size) shm_unlink(name_.c_str());
 }

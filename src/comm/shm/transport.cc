@@ -16,9 +16,9 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// How long a sleeping member goes without a look at its peers' health.
+// How often a sleeping member wakes to check that its peers are alive.
 constexpr std::chrono::milliseconds kSlice{50};
-// Looks at a counter before sleeping, where every member has a core.
+// How often a member polls a counter before it sleeps, where every member has a core.
 constexpr int kNumSpins = 2000;
 
 const char* name_of(int32_t kind) {
@@ -80,7 +80,7 @@ void Transport::gather(ByteStream input, std::vector<ByteStream> outputs) {
   }
 }
 
-// A half has a section for each other member.
+// Each half of a slot has a section for each other member.
 void Transport::reduce(std::vector<ByteStream> inputs, ByteStream output, c10::ScalarType dtype) {
   const int64_t line = static_cast<int64_t>(kCacheLine);
   const int64_t section = half_nbytes_ / (group_.size() - 1) / line * line;
@@ -98,7 +98,7 @@ void Transport::reduce(std::vector<ByteStream> inputs, ByteStream output, c10::S
           }
         },
         [&] {
-          // Own input and output have the same spans, so the two go in step.
+          // This member's input and output have the same spans, so they advance together.
           ByteStream& own = inputs[static_cast<size_t>(rank)];
           const int64_t nbytes = part(own);
           int64_t offset = 0;
@@ -129,8 +129,8 @@ int Transport::world_rank(int member) const {
 void Transport::run_round(const std::function<void(char*)>& write,
                           const std::function<void()>& read) {
   ++round_;
-  // The half was used two rounds ago. All have read it: they wrote the last round after that, and
-  // this member waited for it.
+  // The half was last used two rounds ago. All have read it: each read it before it wrote the last
+  // round, and this member has waited for that.
   write(half_of(group_.rank));
   Member& own = segment_.own();
   own.halves[round_ % 2].announcement = announcement_;
@@ -166,8 +166,8 @@ void Transport::wait_for(int member, Counter& counter, uint32_t target) {
   while (!counter.wait_for(target, kSlice)) {
     throw_if_failed();
     const Member& peer = segment_.member(member);
-    // Acquire: pairs with the stores in segment.cc. A peer that ended may have done its part, so
-    // the counter is looked at once more after.
+    // Acquire: pairs with the stores in segment.cc. A peer may do its part and then end, so the
+    // counter is read once more after this.
     const uint32_t state = peer.state.load(std::memory_order_acquire);
     const bool is_known = state == Member::kAttached;
     const bool has_ended = is_known && !is_running(peer.process);
@@ -192,7 +192,7 @@ void Transport::fail(Failure::State kind, const std::string& reason) {
   segment_.unlink_unless_complete();
   Failure& failure = segment_.failure();
   uint32_t expected = Failure::kNone;
-  // Relaxed: it only tells who writes the reason, which is published below.
+  // Relaxed: it only decides who writes the reason, which is published below.
   if (failure.state.compare_exchange_strong(expected, Failure::kBeingWritten,
                                             std::memory_order_relaxed)) {
     std::snprintf(failure.reason, sizeof(failure.reason), "%s", reason.c_str());
