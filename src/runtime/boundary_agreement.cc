@@ -39,11 +39,13 @@ std::vector<bool> BoundaryAgreement::sum(const std::vector<bool>& used, const at
   const at::Tensor flags = memory.narrow(0, 0, numel);
   // The control group sends from the device of the shards.
   const bool is_on_host = flags.device().is_cpu();
-  at::Tensor on_host = is_on_host ? flags : at::empty({numel}, at::kLong);
+  const auto pinned = at::TensorOptions().dtype(at::kLong).pinned_memory(true);
+  at::Tensor on_host = is_on_host ? flags : at::empty({numel}, pinned);
   auto* words = on_host.mutable_data_ptr<int64_t>();
   digest_.write(words);
   std::copy(used.begin(), used.end(), words + kNumWords);
-  if (!is_on_host) flags.copy_(on_host);
+  // From pinned memory, which torch keeps until it is read: the host does not wait.
+  if (!is_on_host) flags.copy_(on_host, /*non_blocking=*/true);
   streams_.compute->note_write(flags);
   streams_.compute->record(*written_);
   streams_.gather_rail->wait(*written_);

@@ -181,6 +181,48 @@ TEST(NcclFault, CloseNamesTheOperationThatAPeerHasNotIssued) {
       << errors[0];
 }
 
+TEST(NcclFault, FailureOfAnotherRankEndsACloseThatWaits) {
+  NcclRanks ranks(2);
+  for (int rank = 0; rank < 2; ++rank) ranks.options(rank).is_blocking = false;
+  ranks.nccl(0).stall_ends();
+  const auto begin = std::chrono::steady_clock::now();
+  const auto errors = errors_of(2, [&](int rank) {
+    const auto world = ranks.make_world(rank);
+    const auto communicator = world->make_communicator(group_of({rank}, rank));
+    if (rank == 0) return world->close(kNoTimeout);
+    ranks.nccl(1).set_async_error(ncclRemoteError);
+    const auto stream = world->make_stream(false);
+    while (!stream->has_failed()) std::this_thread::sleep_for(milliseconds(1));
+    stream->synchronize();
+  });
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, kMargin);
+  EXPECT_TRUE(has(errors[0], "was aborted while it was closed (group test [0], world_rank=0)"))
+      << errors[0];
+  EXPECT_TRUE(has(errors[1], "NCCL reported an error")) << errors[1];
+}
+
+TEST(NcclFault, WatchdogLeavesTheCaptureOfAGraphAlone) {
+  NcclRanks ranks(2);
+  std::atomic<bool> is_captured = false;
+  const auto errors = errors_of(2, [&](int rank) {
+    const auto world = ranks.make_world(rank);
+    const auto communicator = world->make_communicator(group_of({0, 1}, rank));
+    const auto stream = world->make_stream(false);
+    if (rank == 0) {
+      communicator->all_reduce(at::ones({1}), *stream);
+      ranks.cuda(0).set_capturing(true);
+      while (ranks.cuda(0).num_captured_queries() < 3) std::this_thread::sleep_for(milliseconds(1));
+      ranks.cuda(0).set_capturing(false);
+      is_captured = true;
+    } else {
+      while (!is_captured) std::this_thread::sleep_for(milliseconds(1));
+      communicator->all_reduce(at::ones({1}), *stream);
+    }
+    world->close(std::chrono::seconds(30));
+  });
+  for (const std::string& error : errors) EXPECT_EQ(error, "");
+}
+
 TEST(NcclFault, ErrorOfALaunchIsThrownByTheCall) {
   for (const char* call : {"all_gather", "group_end"}) {
     NcclRanks ranks(2);

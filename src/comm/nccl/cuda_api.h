@@ -33,6 +33,10 @@ class CudaApi {
   [[nodiscard]] virtual cudaError_t stream_wait_event(cudaStream_t stream, cudaEvent_t event) = 0;
   [[nodiscard]] virtual cudaError_t stream_query(cudaStream_t stream) = 0;
 
+  // Of the calling thread: whether its calls may run while another one captures a CUDA graph.
+  [[nodiscard]] virtual cudaError_t thread_exchange_stream_capture_mode(
+      cudaStreamCaptureMode* mode) = 0;
+
   [[nodiscard]] virtual std::string error_string(cudaError_t error) = 0;
 
   // Where tensors of `device` lie.

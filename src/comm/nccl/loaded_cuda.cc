@@ -30,6 +30,7 @@ class LoadedCuda final : public CudaApi {
     library_.get(event_query_, "cudaEventQuery");
     library_.get(stream_wait_event_, "cudaStreamWaitEvent");
     library_.get(stream_query_, "cudaStreamQuery");
+    library_.get(exchange_capture_mode_, "cudaThreadExchangeStreamCaptureMode");
     library_.get(get_error_string_, "cudaGetErrorString");
   }
 
@@ -51,6 +52,9 @@ class LoadedCuda final : public CudaApi {
     return stream_wait_event_(stream, event, 0);
   }
   cudaError_t stream_query(cudaStream_t stream) override { return stream_query_(stream); }
+  cudaError_t thread_exchange_stream_capture_mode(cudaStreamCaptureMode* mode) override {
+    return exchange_capture_mode_(mode);
+  }
   std::string error_string(cudaError_t error) override { return get_error_string_(error); }
 
   c10::Device tensor_device(int device) const override { return cuda_device(device); }
@@ -94,6 +98,7 @@ class LoadedCuda final : public CudaApi {
   decltype(&cudaEventQuery) event_query_ = nullptr;
   cudaError_t (*stream_wait_event_)(cudaStream_t, cudaEvent_t, unsigned int) = nullptr;
   decltype(&cudaStreamQuery) stream_query_ = nullptr;
+  decltype(&cudaThreadExchangeStreamCaptureMode) exchange_capture_mode_ = nullptr;
   decltype(&cudaGetErrorString) get_error_string_ = nullptr;
   std::mutex mutex_;
   std::map<cudaStream_t, c10::Stream> pool_;  // guarded by mutex_

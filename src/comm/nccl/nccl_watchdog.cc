@@ -85,6 +85,9 @@ void NcclWatchdog::fail(const std::exception_ptr& exception, FlightLog* log) {
 }
 
 void NcclWatchdog::run() {
+  // Queries of events would end a CUDA graph that the caller captures.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  (void)context_->cuda->thread_exchange_stream_capture_mode(&mode);
   std::unique_lock<std::mutex> lock(mutex_);
   while (!closing_.wait_for(lock, limits_.interval, [this] { return is_closing_; })) {
     lock.unlock();

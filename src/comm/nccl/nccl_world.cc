@@ -134,8 +134,9 @@ class NcclWorldOfRank final : public NcclWorld {
         wait_for_all(*store_, topic, group.world_ranks, options_.rank, options_.init_timeout));
 
     const std::string where = detail::concatenate("group ", name, ", world_rank=", options_.rank);
-    ncclComm_t comm = start(group, topic, parent.get(), only_gathers, where);
-    const auto handle = std::make_shared<NcclHandle>(nccl_, where, comm);
+    const auto comm_name = std::make_shared<const std::string>("mics/" + group.name);
+    ncclComm_t comm = start(group, topic, parent.get(), only_gathers, *comm_name, where);
+    const auto handle = std::make_shared<NcclHandle>(nccl_, where, comm_name, comm);
     const auto in_flight = std::make_shared<InFlight>(context_, where);
     watchdog_->watch(handle, in_flight);
     made_.push_back({topic, group.world_ranks, handle, in_flight});
@@ -207,14 +208,13 @@ class NcclWorldOfRank final : public NcclWorld {
 
   // A collective: every member calls it for `topic`. `parent` may be null.
   ncclComm_t start(const GroupInfo& group, const std::string& topic, const NcclHandle* parent,
-                   bool only_gathers, const std::string& where) {
+                   bool only_gathers, const std::string& comm_name, const std::string& where) {
     check_cuda(*context_->cuda, context_->cuda->set_device(options_.device), "cudaSetDevice");
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = options_.is_blocking ? 1 : 0;
     config.splitShare = 0;  // children that share resources run one after the other
     if (options_.max_ctas > 0) config.maxCTAs = options_.max_ctas;
     if (options_.copy_engine && only_gathers) set_zero_ctas(config);
-    const std::string comm_name = "mics/" + group.name;
     config.commName = comm_name.c_str();
 
     const auto deadline = std::chrono::steady_clock::now() + options_.init_timeout;

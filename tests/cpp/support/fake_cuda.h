@@ -91,7 +91,19 @@ class FakeCuda final : public CudaApi {
     on_stream(stream, [mark, number] { mark->complete(number); });
     return cudaSuccess;
   }
+  cudaError_t thread_exchange_stream_capture_mode(cudaStreamCaptureMode* mode) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::swap(capture_modes_[std::this_thread::get_id()], *mode);
+    return cudaSuccess;
+  }
   cudaError_t event_query(cudaEvent_t event) override {
+    if (is_capturing_) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      ++num_captured_queries_;
+      if (capture_modes_[std::this_thread::get_id()] != cudaStreamCaptureModeRelaxed) {
+        return cudaErrorStreamCaptureUnsupported;
+      }
+    }
     const std::shared_ptr<Mark> mark = find(event);
     if (mark == nullptr) return cudaErrorInvalidResourceHandle;
     if (device_error_) return cudaErrorLaunchFailure;
@@ -132,6 +144,11 @@ class FakeCuda final : public CudaApi {
   }
 
   // --- for tests and FakeNccl ---
+
+  // A CUDA graph is captured, by a thread in the strictest mode.
+  void set_capturing(bool is_capturing) { is_capturing_ = is_capturing; }
+  // Queries of events while a graph was captured.
+  [[nodiscard]] int num_captured_queries() const { return num_captured_queries_; }
 
   void on_stream(cudaStream_t stream, std::function<void()> task) {
     if (stream == current_stream(0)) return task();
@@ -198,8 +215,11 @@ class FakeCuda final : public CudaApi {
   const unsigned seed_;
   const unsigned max_delay_us_;
   std::atomic<bool> device_error_ = false;
+  std::atomic<bool> is_capturing_ = false;
+  std::atomic<int> num_captured_queries_ = 0;
   mutable std::mutex mutex_;
   // Guarded by mutex_.
+  std::map<std::thread::id, cudaStreamCaptureMode> capture_modes_;
   std::map<cudaEvent_t, std::shared_ptr<Mark>> events_;
   std::map<std::string, int> counts_;
   std::vector<std::unique_ptr<FakeStream>> streams_;

@@ -47,6 +47,8 @@ class FakeNccl final : public NcclApi {
   void fail(const std::string& call, ncclResult_t result) { failing_[call] = result; }
   // A start in non-blocking mode does not end.
   void stall_starts() { stalls_starts_ = true; }
+  // An end does not end, until it is aborted.
+  void stall_ends() { stalls_ends_ = true; }
   void set_has_registration(bool has_registration) { has_registration_ = has_registration; }
   void set_has_windows(bool has_windows) { has_windows_ = has_windows; }
   // Windows are null from here on, as on devices that cannot have them.
@@ -107,7 +109,9 @@ class FakeNccl final : public NcclApi {
     if (found == nullptr) return ncclInvalidArgument;
     const std::lock_guard<std::mutex> lock(found->mutex);
     if (found->num_run != found->num_launched) network_->add_fault("finalized while in use");
-    return result_of("comm_finalize");
+    if (!stalls_ends_) return result_of("comm_finalize");
+    found->is_ready = false;
+    return ncclInProgress;
   }
   ncclResult_t comm_destroy(ncclComm_t comm) override { return end(comm, "comm_destroy"); }
   ncclResult_t comm_abort(ncclComm_t comm) override { return end(comm, "comm_abort"); }
@@ -213,6 +217,7 @@ class FakeNccl final : public NcclApi {
     made->members = network_->join(key, size, rank);
     made->rank = rank;
     made->cta_policy = config.CTAPolicy;
+    if (config.commName != nullptr) made->expected_name = made->name = config.commName;
     made->is_blocking = config.blocking != 0;
     *comm = reinterpret_cast<ncclComm_t>(made.get());
     {
@@ -284,6 +289,9 @@ class FakeNccl final : public NcclApi {
   ncclResult_t end(ncclComm_t comm, const char* call) {
     const std::shared_ptr<FakeComm> ended = find(comm, call);
     if (ended == nullptr) return ncclInvalidArgument;
+    if (ended->name != nullptr && ended->expected_name != ended->name) {
+      network_->add_fault("the name of a communicator is gone before it");
+    }
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       comms_.erase(comm);
@@ -361,6 +369,7 @@ class FakeNccl final : public NcclApi {
   bool has_windows_ = true;
   bool gives_windows_ = true;
   bool stalls_starts_ = false;
+  std::atomic<bool> stalls_ends_ = false;
   std::map<std::string, ncclResult_t> failing_;
   int group_depth_ = 0;
   std::vector<Pending> pending_;

@@ -73,6 +73,8 @@ struct FakeComm {
   int rank = 0;
   int num_splits = 0;
   int cta_policy = 0;
+  const char* name = nullptr;  // the caller's
+  std::string expected_name;
   bool is_blocking = true;
   std::atomic<bool> is_ready = true;  // false: a call in non-blocking mode is under way
   std::atomic<bool> is_aborted = false;
