@@ -106,18 +106,18 @@ void Engine::free_memory() {
 
 void Engine::check_between_steps(const char* rule) const {
   MICS_CHECK(!gathers_->is_any_in_use() && unfinished_units(units_).empty(), rule,
-             " only between steps: a unit is unsharded, or an accumulation is under way. Call "
+             ": a unit is unsharded, or an accumulation is under way. Call "
              "reshard(), finish the step, or call reset().");
 }
 
 void Engine::release_memory() {
-  check_between_steps("memory can be released");
+  check_between_steps("memory can be released only between steps");
   drop_memory();
 }
 
 void Engine::set_depths(const Depths& depths) {
   check_depths(depths);
-  check_between_steps("prefetch depths can be changed");
+  check_between_steps("prefetch depths can be changed only between steps");
   drop_memory();
   depths_ = depths;
   prefetcher_->set_depths(depths);

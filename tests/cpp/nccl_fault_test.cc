@@ -196,7 +196,9 @@ TEST(NcclFault, FailureOfAnotherRankEndsACloseThatWaits) {
     stream->synchronize();
   });
   EXPECT_LT(std::chrono::steady_clock::now() - begin, kMargin);
-  EXPECT_TRUE(has(errors[0], "was aborted while it was closed (group test [0], world_rank=0)"))
+  EXPECT_TRUE(has(errors[0],
+                  "was aborted while it was closed: something has failed meanwhile (group test "
+                  "[0], world_rank=0)"))
       << errors[0];
   EXPECT_TRUE(has(errors[1], "NCCL reported an error")) << errors[1];
 }

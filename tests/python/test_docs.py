@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import importlib
 import os
 import re
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -173,6 +176,9 @@ def name_problems(text: str) -> list[str]:
     for name in sorted(set(re.findall(r"\b(?:torch_mics|mics)((?:\.[A-Za-z_]\w*)+)", text))):
         place: object = mics
         for part in name.split(".")[1:]:
+            if not hasattr(place, part) and isinstance(place, ModuleType):
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(f"{place.__name__}.{part}")
             place = getattr(place, part, None)
             if place is None:
                 problems.append(f"torch_mics has no {name.removeprefix('.')}")

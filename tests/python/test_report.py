@@ -91,7 +91,7 @@ def test_every_byte_is_predicted(world, case):
     assert (report.shape.num_microsteps, report.shape.num_boundaries) == (MICRO_STEPS, 1)
     moved = [row for row in report.rows if row.unit == "bytes"]
     assert sum(row.measured for row in moved) > 0
-    assert said.startswith("torch_mics: 3 steps held") == (world.rank == 0)
+    assert said.startswith("torch_mics: 3 steps compared") == (world.rank == 0)
     assert bool(said) == (world.rank == 0)
 
 

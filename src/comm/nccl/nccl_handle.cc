@@ -83,7 +83,9 @@ void NcclHandle::close(std::chrono::milliseconds timeout) {
       const auto poll = [this] {
         const std::lock_guard<std::mutex> lock(mutex_);
         if (comm_ == nullptr) {
-          throw CommError("a communicator was aborted while it was closed (" + where_ + ").");
+          throw CommError(
+              "a communicator was aborted while it was closed: something has failed meanwhile (" +
+              where_ + ").");
         }
         return state_of(*nccl_, comm_);
       };

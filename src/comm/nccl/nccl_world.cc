@@ -133,7 +133,7 @@ class NcclWorldOfRank final : public NcclWorld {
     const std::shared_ptr<NcclHandle> parent = common_parent(
         wait_for_all(*store_, topic, group.world_ranks, options_.rank, options_.init_timeout));
 
-    const std::string where = detail::concatenate("group ", name, ", world_rank=", options_.rank);
+    const std::string where = "group " + name + ", world_rank=" + std::to_string(options_.rank);
     const auto comm_name = std::make_shared<const std::string>("mics/" + group.name);
     ncclComm_t comm = start(group, topic, parent.get(), only_gathers, *comm_name, where);
     const auto handle = std::make_shared<NcclHandle>(nccl_, where, comm_name, comm);
