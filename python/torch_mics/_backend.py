@@ -10,6 +10,7 @@ import dataclasses
 import weakref
 from typing import Any, ClassVar
 
+import torch
 import torch.distributed as dist
 
 from torch_mics import _C
@@ -75,6 +76,16 @@ class Local(Backend):
         return made, {}
 
 
+def _introduce(group: dist.ProcessGroup) -> None:
+    """Lets torch's recorder of collectives see a new group before our threads use it.
+
+    torch 2.11 adds a group to that recorder at its first collective, without a lock: the first ones of
+    two groups, on the threads of two streams, ended the process now and then.
+    """
+    if any(device.type == "cpu" for device in group._device_types):
+        dist.all_reduce(torch.zeros(1), group=group)
+
+
 class C10d(Backend):
     """torch's process groups, which live until torch.distributed ends."""
 
@@ -98,5 +109,6 @@ class C10d(Backend):
                 # Every rank makes all groups of a role.
                 new = {str(group): dist.new_group(group, timeout=timeout) for group in groups}
                 found = self._groups[key] = new[str(member["world_ranks"])]
+                _introduce(found)
             made[role] = _C.make_c10d_communicator(found, **member, timeout=timeout)
         return made, {}

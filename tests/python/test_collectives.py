@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from support.ranks import run_outcomes, run_ranks
+from torch._C import _distributed_c10d
 
 import torch_mics as mics
 from torch_mics.collectives import GroupCollectives
@@ -61,3 +64,21 @@ def test_sizes_that_do_not_fit_are_refused():
     for outcome in run_outcomes(2, _refused, 3 * NUMEL):
         assert outcome.error_type == "ValueError"
         assert "one size times the other: got size=2, 15 elements" in str(outcome.error_text)
+
+
+def _groups_that_a_step_adds(rank: int) -> set[str]:
+    def known() -> set[str]:
+        return set(json.loads(_distributed_c10d._dump_fr_trace_json())["pg_status"])
+
+    torch.manual_seed(0)
+    model = mics.shard_model(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)))
+    mics.memory(model)  # makes the communicators
+    before = known()
+    assert before, "torch's recorder is off, or says so in another way"
+    model(torch.ones(2, 8)).sum().backward()
+    return known() - before
+
+
+def test_stream_threads_find_their_groups_in_the_recorder_of_torch():
+    """It would be changed by two of them at once, without a lock: see C10d in _backend.py."""
+    assert run_ranks(4, _groups_that_a_step_adds, ranks_per_node=2) == [set()] * 4
