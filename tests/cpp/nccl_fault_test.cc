@@ -213,7 +213,9 @@ TEST(NcclFault, WatchdogLeavesTheCaptureOfAGraphAlone) {
     if (rank == 0) {
       communicator->all_reduce(at::ones({1}), *stream);
       ranks.cuda(0).set_capturing(true);
-      while (ranks.cuda(0).num_captured_queries() < 3) std::this_thread::sleep_for(milliseconds(1));
+      while (ranks.cuda(0).num_captured_queries() < 3 && !stream->has_failed()) {
+        std::this_thread::sleep_for(milliseconds(1));
+      }
       ranks.cuda(0).set_capturing(false);
       is_captured = true;
     } else {
