@@ -158,8 +158,10 @@ class FirstValues:
                 if name not in ("_parameters", "_buffers") and _loose_tensors(value):
                     self.loose.append(Loose(module, name, value))
         self._make_plain()
-        self.todo = {id(p.module) for s in self.slots if not s.is_kept for p in s.parameter.places}
-        self.todo |= {id(buffer.module) for buffer in self.buffers if not buffer.is_kept}
+        self.unfilled = {
+            id(p.module) for s in self.slots if not s.is_kept for p in s.parameter.places
+        }
+        self.unfilled |= {id(buffer.module) for buffer in self.buffers if not buffer.is_kept}
 
     def _make_plain(self) -> None:
         """Takes off hooks and sharded classes: initialisers may call modules, or ask for their class."""

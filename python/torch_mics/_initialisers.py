@@ -36,7 +36,7 @@ def run_initialisers(
         starts: rank 0's random state at the start of each construction.
     """
     order = _children_first(model)
-    waiting = _with_work_below(order, values.todo)
+    waiting = _with_work_below(order, values.unfilled)
     stream = RandomStream()
     for construction, start in zip(values.constructions(), starts, strict=True):
         _play(values, construction, stream, start)
@@ -44,7 +44,7 @@ def run_initialisers(
         for module in waiting:
             _run(init_fn, module, values)
         for module in waiting:
-            if id(module) in values.todo and values.unwritten_in(module):
+            if id(module) in values.unfilled and values.unwritten_in(module):
                 with _kept(values, [s for s in values.slots if s.is_touched]):
                     _reset(module, values, always=True)
         return
@@ -52,15 +52,15 @@ def run_initialisers(
     inner = {id(m) for outer in frameworks for m in outer.modules() if m is not outer}
     outermost = [m for m in frameworks if id(m) not in inner]
     asked = _asked(model, outermost)
-    todo = values.unrecorded()
+    unrecorded = values.unrecorded()
     with _tied_apart(outermost, values):
         with _kept(values, [s for s in values.slots if s.is_recorded]):
-            for module in _with_work_below(order, todo):
-                _reset(module, values, always=id(module) in todo)
+            for module in _with_work_below(order, unrecorded):
+                _reset(module, values, always=id(module) in unrecorded)
                 for owner in asked.get(id(module), []):
                     _run(owner._init_weights, module, values)  # type: ignore[arg-type]
         for owner in outermost:
-            if any(id(module) in values.todo for module in owner.modules()):
+            if any(id(module) in values.unfilled for module in owner.modules()):
                 _initialise_framework_model(owner, values, waiting)
 
 

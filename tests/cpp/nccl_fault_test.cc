@@ -189,7 +189,7 @@ TEST(NcclFault, FailureOfAnotherRankEndsACloseThatWaits) {
   const auto errors = errors_of(2, [&](int rank) {
     const auto world = ranks.make_world(rank);
     const auto communicator = world->make_communicator(group_of({rank}, rank));
-    if (rank == 0) return world->close(kNoTimeout);
+    if (rank == 0) return world->close(kMargin);
     ranks.nccl(1).set_async_error(ncclRemoteError);
     const auto stream = world->make_stream(false);
     while (!stream->has_failed()) std::this_thread::sleep_for(milliseconds(1));
