@@ -32,6 +32,12 @@ class TimeoutError : public Error {
   using Error::Error;
 };
 
+// Two streams use the same memory at once; see race_detector.h. Python: RaceError.
+class RaceError : public Error {
+ public:
+  using Error::Error;
+};
+
 // A promise between two parts of this library was broken: a defect here, not in the caller's code.
 class InternalError : public Error {
  public:

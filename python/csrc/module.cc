@@ -13,6 +13,7 @@ PYBIND11_MODULE(_C, module) {
   py::register_exception<mics::Error>(module, "Error", PyExc_RuntimeError);
   py::register_exception<mics::InvalidArgument>(module, "InvalidArgument", PyExc_ValueError);
   py::register_exception<mics::InternalError>(module, "InternalError", PyExc_RuntimeError);
+  py::register_exception<mics::RaceError>(module, "RaceError", PyExc_RuntimeError);
   const auto comm_error =
       py::register_exception<mics::CommError>(module, "CommError", PyExc_RuntimeError);
   py::register_exception<mics::TimeoutError>(module, "TimeoutError", comm_error);
@@ -22,5 +23,6 @@ PYBIND11_MODULE(_C, module) {
   mics::bind_comm(module);
   mics::bind_runtime(module);
   mics::bind_nccl(module);
+  mics::bind_races(module);
   mics::bind_optim(module);
 }

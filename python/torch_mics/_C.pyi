@@ -14,6 +14,7 @@ built_for_torch: str
 class Error(RuntimeError): ...
 class InvalidArgument(ValueError): ...
 class InternalError(RuntimeError): ...
+class RaceError(RuntimeError): ...
 class CommError(RuntimeError): ...
 class TimeoutError(CommError): ...
 
@@ -686,6 +687,49 @@ class RuntimeStreams:
     """The streams of one rank's runtime: threads of their own, or the caller's."""
 
     def __init__(self, *, on_threads: bool) -> None: ...
+
+class NoticedDefects:
+    """Defects of one kind that were put into a trace."""
+
+    @property
+    def noticed(self) -> int: ...
+    @property
+    def all(self) -> int: ...
+
+class RaceDetector:
+    """Finds memory that two streams use at once, from what the streams are asked for."""
+
+    def __init__(self, *, keeps_trace: bool, throws: bool) -> None: ...
+    def watch(self, streams: RuntimeStreams) -> None:
+        """Observes the streams of a runtime from here on, before their first use."""
+    def name_memory(self, tensor: torch.Tensor, name: str) -> None:
+        """Names memory in messages."""
+    def access(
+        self,
+        operation: str,
+        reads: Sequence[torch.Tensor],
+        writes: Sequence[torch.Tensor],
+        stream: int | None,
+    ) -> None:
+        """What the calling thread computes; `stream`: the handle of the device's current one."""
+    def made(self, operation: str, tensors: Sequence[torch.Tensor], stream: int | None) -> None:
+        """Tensors that an operator has made and written."""
+    def allocate(self, address: int, nbytes: int, stream: int | None) -> None:
+        """A write of the stream that is current."""
+    def free(self, address: int) -> None:
+        """A write of the stream that was current at allocate()."""
+    def synchronize(self, stream: int | None) -> None:
+        """The host has waited for the stream; None: for all."""
+    def record_event(self, event: int, stream: int) -> None:
+        """Of an event that the script has made."""
+    def wait_for_event(self, event: int, stream: int) -> None:
+        """Of an event that the script has made."""
+    @property
+    def races(self) -> list[str]: ...
+    @property
+    def num_accesses(self) -> int: ...
+    def put_defects(self, stride: int, only: str = "") -> dict[str, NoticedDefects]:
+        """Puts defects into the trace one at a time, and counts by kind which are noticed."""
 
 class Phase:
     """When units are used."""

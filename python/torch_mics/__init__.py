@@ -7,7 +7,7 @@ _check_import()
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy  # noqa: E402
 
 from torch_mics import checkpoint, collectives, optim  # noqa: E402
-from torch_mics._C import CommError, InternalError, TimeoutError  # noqa: E402
+from torch_mics._C import CommError, InternalError, RaceError, TimeoutError  # noqa: E402
 from torch_mics._construction import meta_device  # noqa: E402
 from torch_mics._exit_rank import exit_rank  # noqa: E402
 from torch_mics._full_state import full_state_dict, load_full_state_dict  # noqa: E402
@@ -15,6 +15,7 @@ from torch_mics._fully_shard import fully_shard  # noqa: E402
 from torch_mics._materialize import materialize  # noqa: E402
 from torch_mics._mesh import init_mesh  # noqa: E402
 from torch_mics._module import MiCSModule, UnshardHandle  # noqa: E402
+from torch_mics._race_check import of_process as _check_races  # noqa: E402
 from torch_mics._shard_model import shard_model  # noqa: E402
 from torch_mics._training import clip_grad_norm_, microbatch  # noqa: E402
 from torch_mics._unsharded import unsharded  # noqa: E402
@@ -34,6 +35,8 @@ from torch_mics.report._flight import (  # noqa: E402
 )
 from torch_mics.report._model import backends, describe, exposed, memory, traffic  # noqa: E402
 
+_check_races()
+
 __all__ = [
     "CommError",
     "InternalError",
@@ -41,6 +44,7 @@ __all__ = [
     "MixedPrecisionPolicy",
     "OffloadPolicy",
     "Plan",
+    "RaceError",
     "StepReport",
     "TimeoutError",
     "UnshardHandle",

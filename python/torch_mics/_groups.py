@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from torch_mics import _C
+from torch_mics import _C, _race_check
 from torch_mics._backend import Backend, C10d, Local, Made, RankGroups, Roles
 from torch_mics._nccl import Nccl
 from torch_mics._session import session
@@ -201,6 +201,9 @@ class Groups:
         if found is None:
             on_threads = kind == "threads"
             found = world.make_streams() if world else _C.RuntimeStreams(on_threads=on_threads)
+            detector = _race_check.of_process()
+            if detector is not None:
+                detector.watch(found)
             streams[kind] = found
         return found
 

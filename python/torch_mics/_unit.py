@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from torch_mics import _C
+from torch_mics import _C, _race_check
 from torch_mics._groups import Communicators, Groups
 from torch_mics._parameters import ShardedParameters, copy_marks
 from torch_mics._settings import Settings
@@ -128,6 +128,10 @@ class ShardedUnit(ShardedParameters):
             reduce_intra=communicators.reduce_intra,
             replicate=communicators.replicate,
         )
+        detector = _race_check.of_process()
+        if detector is not None:
+            detector.name_memory(self.shard, f'shard of unit "{self.name}"')
+            detector.name_memory(gradient, f'gradient of unit "{self.name}"')
         registration = _C.ParameterRegistration()
         full_parameters = []
         for view, parameter in zip(handle.full_views(), self.parameters, strict=True):

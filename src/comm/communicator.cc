@@ -149,10 +149,11 @@ int64_t total_nbytes(const std::vector<TensorPair>& pairs, const at::Tensor Tens
   return nbytes;
 }
 
-void note_pairs(const std::vector<TensorPair>& pairs, Stream& stream) {
+void note_pairs(const std::vector<TensorPair>& pairs, const Stream& stream, std::string_view op,
+                std::string_view unit) {
   for (const TensorPair& pair : pairs) {
-    stream.note_read(pair.input);
-    stream.note_write(pair.output);
+    stream.note_read(pair.input, op, unit);
+    stream.note_write(pair.output, op, unit);
   }
 }
 
@@ -205,7 +206,7 @@ void Communicator::all_gather(const std::vector<TensorPair>& pairs, Stream& stre
                               std::string_view unit) {
   check_pairs("all_gather", pairs, /*output_is_larger=*/true);
   traffic_.calls += 1;
-  note_pairs(pairs, stream);
+  note_pairs(pairs, stream, "all_gather", unit);
   if (group_.size() == 1) return stream.enqueue([pairs] { copy_pairs(pairs); });
   const LaunchRange range(group_, unit);
   const int64_t piece_nbytes = total_nbytes(pairs, &TensorPair::input);
@@ -219,7 +220,7 @@ void Communicator::reduce_scatter(const std::vector<TensorPair>& pairs, Stream& 
   check_pairs("reduce_scatter", pairs, /*output_is_larger=*/false);
   (void)accumulation_dtype(pairs.front().input.scalar_type());
   traffic_.calls += 1;
-  note_pairs(pairs, stream);
+  note_pairs(pairs, stream, "reduce_scatter", unit);
   if (group_.size() == 1) return stream.enqueue([pairs] { copy_pairs(pairs); });
   const LaunchRange range(group_, unit);
   const int64_t piece_nbytes = total_nbytes(pairs, &TensorPair::output);
@@ -236,8 +237,8 @@ void Communicator::all_reduce(const at::Tensor& tensor, Stream& stream, std::str
   traffic_.calls += 1;
   if (group_.size() == 1 || tensor.numel() == 0) return;
   const LaunchRange range(group_, unit);
-  stream.note_read(tensor);
-  stream.note_write(tensor);
+  stream.note_read(tensor, "all_reduce", unit);
+  stream.note_write(tensor, "all_reduce", unit);
   // A reduce-scatter of pieces, then an all-gather of the sums.
   const int64_t piece_numel = (tensor.numel() + group_.size() - 1) / group_.size();
   const int64_t piece_nbytes = piece_numel * static_cast<int64_t>(tensor.element_size());

@@ -83,20 +83,20 @@ const std::shared_ptr<Marks>& marks_of(const Event& event) {
 
 class InlineStream final : public Stream {
  public:
-  void enqueue(std::function<void()> work) override { work(); }
+  void do_enqueue(std::function<void()> work) override { work(); }
   std::unique_ptr<Event> make_event() override { return std::make_unique<CpuEvent>(); }
-  void record(Event& event) override {
+  void do_record(Event& event) override {
     const std::shared_ptr<Marks>& marks = marks_of(event);
     marks->complete(marks->add(), nullptr);
   }
-  void wait(const Event& event) override {
+  void do_wait(const Event& event) override {
     const std::shared_ptr<Marks>& marks = marks_of(event);
     if (const std::exception_ptr failure = marks->wait_for(marks->last())) {
       std::rethrow_exception(failure);
     }
   }
-  void synchronize() override {}
-  void reset() override {}
+  void do_synchronize() override {}
+  void do_reset() override {}
   bool has_failed() const override { return false; }
 };
 
@@ -113,7 +113,7 @@ class WorkerStream final : public Stream {
     thread_.join();
   }
 
-  void enqueue(std::function<void()> work) override {
+  void do_enqueue(std::function<void()> work) override {
     push([this, work = std::move(work)] {
       if (failure_) return;
       try {
@@ -126,27 +126,27 @@ class WorkerStream final : public Stream {
 
   std::unique_ptr<Event> make_event() override { return std::make_unique<CpuEvent>(); }
 
-  void record(Event& event) override {
+  void do_record(Event& event) override {
     push([this, marks = marks_of(event), mark = marks_of(event)->add()] {
       marks->complete(mark, failure_);
     });
   }
 
   // Does not wake the thread: only work that is enqueued later needs the wait.
-  void wait(const Event& event) override {
+  void do_wait(const Event& event) override {
     append([this, marks = marks_of(event), mark = marks_of(event)->last()] {
       const std::exception_ptr failure = marks->wait_for(mark);
       if (failure && !failure_) fail(failure);
     });
   }
 
-  void synchronize() override {
+  void do_synchronize() override {
     CpuEvent end;
-    record(end);
+    do_record(end);
     end.synchronize();
   }
 
-  void reset() override {
+  void do_reset() override {
     CpuEvent end;
     push([this, marks = end.marks(), mark = end.marks()->add()] {
       failure_ = nullptr;
@@ -198,7 +198,29 @@ class WorkerStream final : public Stream {
   std::thread thread_;  // last: it uses the members above
 };
 
+// While it lives, what its thread computes belongs to `stream`.
+class ObservedScope {
+ public:
+  ObservedScope(StreamObserver& observer, const Stream& stream) : observer_(observer) {
+    observer_.on_enter(stream);
+  }
+  ~ObservedScope() { observer_.on_leave(); }
+  ObservedScope(const ObservedScope&) = delete;
+  ObservedScope& operator=(const ObservedScope&) = delete;
+
+ private:
+  StreamObserver& observer_;
+};
+
 }  // namespace
+
+void Stream::enqueue(std::function<void()> work) {
+  if (observer_ == nullptr) return do_enqueue(std::move(work));
+  do_enqueue([this, observer = observer_, work = std::move(work)] {
+    const ObservedScope scope(*observer, *this);
+    work();
+  });
+}
 
 std::unique_ptr<Stream> make_inline_stream() { return std::make_unique<InlineStream>(); }
 

@@ -46,7 +46,7 @@ std::vector<bool> BoundaryAgreement::sum(const std::vector<bool>& used, const at
   std::copy(used.begin(), used.end(), words + kNumWords);
   // From pinned memory, which torch keeps until it is read: the host does not wait.
   if (!is_on_host) flags.copy_(on_host, /*non_blocking=*/true);
-  streams_.compute->note_write(flags);
+  streams_.compute->note_write(flags, "flags of a boundary");
   streams_.compute->record(*written_);
   streams_.gather_rail->wait(*written_);
   control_->all_reduce(flags, *streams_.gather_rail);
@@ -54,7 +54,7 @@ std::vector<bool> BoundaryAgreement::sum(const std::vector<bool>& used, const at
   // If all were used on this rank, the sum can tell nothing new: no wait.
   if (std::find(used.begin(), used.end(), false) == used.end()) return used;
   streams_.compute->wait(*summed_);
-  streams_.compute->note_read(flags);
+  streams_.compute->note_read(flags, "flags of a boundary");
   on_host = flags.to(at::kCPU);
   const auto* flag = on_host.const_data_ptr<int64_t>() + kNumWords;
   std::vector<bool> used_anywhere(used.size());
@@ -67,7 +67,7 @@ std::vector<bool> BoundaryAgreement::sum(const std::vector<bool>& used, const at
 void BoundaryAgreement::check(const at::Tensor& memory) {
   if (control_ != nullptr && control_->moves_data() && memory.device().is_cpu()) {
     streams_.compute->wait(*summed_);
-    streams_.compute->note_read(memory);
+    streams_.compute->note_read(memory, "flags of a boundary");
     if (!StepDigest::are_equal(memory.const_data_ptr<int64_t>(), control_->group().size())) {
       std::vector<std::string> names;
       for (const std::shared_ptr<Unit>& unit : units_) names.push_back(unit->name());

@@ -157,15 +157,19 @@ void GatherPipeline::free_block(int index) {
   taken.block = nullptr;
 }
 
-// The slot is free when compute, its last reader, has come this far.
+// The slot is free when compute, its last reader, has come this far. Where nobody has waited for the
+// gather, only gathers have used the slot, and they have one stream.
 void GatherPipeline::free_full(int index) {
   Gather& taken = of(index);
+  const bool was_read = is_awaited(index);
   unit(index).parameters().detach();
   change_state(index, GatherState::kNone);
   taken.full_of.reset();
   taken.is_requested = false;
   if (taken.full == nullptr) return;
-  streams_.compute->note_read(taken.full->memory);
+  if (was_read) {
+    streams_.compute->note_read(taken.full->memory, "use of full parameters", unit(index).name());
+  }
   streams_.compute->record(*taken.full->free);
   if (taken.full != memory_->full_home(index)) memory_->full_slots().give_back(taken.full);
   taken.full = nullptr;
@@ -191,8 +195,8 @@ bool GatherPipeline::start_rail(int index, bool may_grow) {
   at::Tensor own = parameters.shard();
   if (own.scalar_type() != parameters.dtype()) {
     own = own_slot(layout, block, hops);
-    stream.note_read(parameters.shard());
-    stream.note_write(own);
+    stream.note_read(parameters.shard(), "cast of the shard", started.name());
+    stream.note_write(own, "cast of the shard", started.name());
     stream.enqueue([own, shard = parameters.shard()] {
       const c10::NoGradGuard no_grad_here;
       own.copy_(shard);
@@ -286,7 +290,7 @@ void GatherPipeline::finish(int index) {
     if (!is_awaited(index)) {
       wait_exposed(*streams_.compute, *to.full_written, "gather", unit(index).name(), to.exposed);
     }
-    streams_.compute->note_read(to.full->memory);
+    streams_.compute->note_read(to.full->memory, "use of full parameters", unit(index).name());
   }
   if (!parameters.is_unsharded()) {
     parameters.attach(to.full != nullptr ? to.full->memory : parameters.shard());

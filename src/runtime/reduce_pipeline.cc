@@ -15,10 +15,12 @@ namespace mics {
 namespace {
 
 // sum = value, or sum += value.
-void accumulate(Stream& stream, const at::Tensor& sum, const at::Tensor& value, bool is_first) {
-  stream.note_read(value);
-  if (!is_first) stream.note_read(sum);
-  stream.note_write(sum);
+void accumulate(Stream& stream, const at::Tensor& sum, const at::Tensor& value, bool is_first,
+                const std::string& unit) {
+  constexpr std::string_view kWhat = "sum of gradients";
+  stream.note_read(value, kWhat, unit);
+  if (!is_first) stream.note_read(sum, kWhat, unit);
+  stream.note_write(sum, kWhat, unit);
   stream.enqueue([sum, value, is_first] {
     const c10::NoGradGuard no_grad;
     if (is_first) {
@@ -59,7 +61,7 @@ Stream& ReducePipeline::accumulation_stream(const Unit& unit) {
 void ReducePipeline::zero_gaps(const Unit& unit, const at::Tensor& block) {
   const ShardLayout& layout = unit.gradients().layout();
   if (layout.payload_numel() == layout.shard_numel()) return;
-  streams_.reduce_intra->note_write(block);
+  streams_.reduce_intra->note_write(block, "fill of alignment gaps", unit.name());
   streams_.reduce_intra->enqueue([block] {
     const c10::NoGradGuard no_grad;
     block.zero_();
@@ -86,8 +88,13 @@ void ReducePipeline::reduce(int index) {
   std::vector<at::Tensor> regions = gradients.take_full([&](int64_t numel) {
     return memory_->packed_gradients(slot, numel, gradients.reduce_dtype());
   });
-  for (const at::Tensor& region : regions) streams_.compute->note_write(region);
-  if (!gradients.accumulated().defined()) streams_.compute->note_write(gradients.next_sum());
+  constexpr std::string_view kWhat = "full gradients";
+  for (const at::Tensor& region : regions) {
+    streams_.compute->note_write(region, kWhat, reduced.name());
+  }
+  if (!gradients.accumulated().defined()) {
+    streams_.compute->note_write(gradients.next_sum(), "fill of a sum", reduced.name());
+  }
   if (streams_.frees_in_compute_order) {
     in_flight.gradients = regions;
     regions = borrow(regions);
@@ -122,7 +129,7 @@ void ReducePipeline::reduce_to_block(int index, int slot, const std::vector<at::
   zero_gaps(reduced, block);
   const std::vector<TensorPair> pairs = reduce_pairs(gradients.layout(), regions, block, hops);
   if (!pairs.empty()) hops.intra->reduce_scatter(pairs, stream, reduced.name());
-  if (!is_direct) accumulate(stream, sum, block, is_first);
+  if (!is_direct) accumulate(stream, sum, block, is_first, reduced.name());
   gradients.set_has_block(true);
 }
 
@@ -154,7 +161,7 @@ void ReducePipeline::reduce_to_shard(int index, int slot, const std::vector<at::
     if (!is_direct) own = own_slot(layout, block, hops);
     hops.rail->reduce_scatter(own, block, *streams_.reduce_rail, reduced.name());
   }
-  if (!is_direct) accumulate(accumulation_stream(reduced), sum, own, is_first);
+  if (!is_direct) accumulate(accumulation_stream(reduced), sum, own, is_first, reduced.name());
 }
 
 at::Tensor ReducePipeline::gradient_block(int index) {
@@ -175,7 +182,7 @@ void ReducePipeline::reduce_accumulated_block(int index) {
   const at::Tensor sum = is_first ? gradients.new_accumulated() : gradients.accumulated();
   const at::Tensor own = is_first ? sum : own_slot(gradients.layout(), block, hops);
   hops.rail->reduce_scatter(own, block, stream, unit(index).name());
-  if (!is_first) accumulate(stream, sum, own, /*is_first=*/false);
+  if (!is_first) accumulate(stream, sum, own, /*is_first=*/false, unit(index).name());
   stream.record(*state(index).accumulated);
   gradients.set_has_block(false);
 }
@@ -207,15 +214,15 @@ void ReducePipeline::synchronize(int index) {
     replicate->all_reduce(sum, stream, synchronized.name());
   }
   if (const double factor = synchronized.settings().gradient_factor; factor != 1.0) {
-    stream.note_read(sum);
-    stream.note_write(sum);
+    stream.note_read(sum, "factor of gradients", synchronized.name());
+    stream.note_write(sum, "factor of gradients", synchronized.name());
     stream.enqueue([sum, scalar = factor_of(factor, sum)] {
       const c10::NoGradGuard no_grad_here;
       sum.mul_(scalar);
     });
   }
   if (gradients.synchronized().defined()) {
-    accumulate(stream, gradients.synchronized(), sum, /*is_first=*/false);
+    accumulate(stream, gradients.synchronized(), sum, /*is_first=*/false, synchronized.name());
   }
   gradients.note_synchronized();
   stream.record(*state(index).synchronized);

@@ -94,7 +94,7 @@ Slot* SlotPool::grow(int64_t nbytes, at::Device device) {
   slots_.back().is_taken = true;
   slots_.back().is_planned = false;
   // The allocator orders memory by compute, which may still read what was there before.
-  events_.note_write(slots_.back().memory);
+  events_.note_write(slots_.back().memory, "allocation of a slot");
   events_.record(*slots_.back().free);
   return &slots_.back();
 }

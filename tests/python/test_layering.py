@@ -24,6 +24,7 @@ PLAN_HEADERS += ("prefetch.h",)
 MODEL_HEADERS = ("cost_model.h", "measured_table.h", "workload.h", "step_model.h")
 MODEL_HEADERS += ("memory_model.h", "planner.h")
 COMM_HEADERS = ("stream.h", "communicator.h", "flight_log.h")
+RACES_HEADERS = ("race_detector.h",)
 BACKEND_HEADERS = ("local_world.h", "c10d_communicator.h", "shm_communicator.h")
 BACKEND_HEADERS += ("nccl_options.h", "nccl_world.h")
 RUNTIME_HEADERS = ("unit_collectives.h", "unit_parameters.h", "unit_gradients.h", "unit.h")
@@ -115,6 +116,11 @@ ROOMS = (
         "optim needs ATen",
     ),
     Room(
+        "src/races",
+        (*BASE, "mics/stream.h", "mics/race_detector.h", *TORCH, "races/*"),
+        "races needs the interface of streams and ATen",
+    ),
+    Room(
         "src/runtime",
         (*PLAN, *COMM, *public(*RUNTIME_HEADERS), "runtime/*", "torch/csrc/autograd/*"),
         "runtime needs plan, the comm interface and autograd, never a backend",
@@ -141,7 +147,7 @@ ROOMS = (
         "tests/cpp",
         (STD, "signal.h", "sys/wait.h", "unistd.h", "mics/*", "gtest/*", "gmock/*", "support/*")
         + ("torch/csrc/distributed/c10d/*", "torch/csrc/autograd/*", *TORCH)
-        + ("plan/*", "model/*", "comm/*", "optim/*", "runtime/*"),
+        + ("plan/*", "model/*", "comm/*", "optim/*", "races/*", "runtime/*"),
         "a C++ test needs no Python",
     ),
 )
@@ -165,6 +171,7 @@ HEADER_LAYERS = (
         "a runtime header includes plan, the comm interface and runtime",
     ),
     (OPTIM_HEADERS, public("error.h"), "an optim header includes no other room"),
+    (RACES_HEADERS, public("stream.h"), "a header of races includes streams"),
 )
 NO_TORCH_HEADERS = (*PLAN_HEADERS, *MODEL_HEADERS)
 

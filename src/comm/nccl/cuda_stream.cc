@@ -70,31 +70,31 @@ cudaStream_t CudaStream::handle() const {
   return handle_ != nullptr ? handle_ : context_->cuda->current_stream(context_->device);
 }
 
-void CudaStream::enqueue(std::function<void()> work) {
+void CudaStream::do_enqueue(std::function<void()> work) {
   context_->cuda->run(handle(), context_->device, work);
 }
 
 std::unique_ptr<Event> CudaStream::make_event() { return std::make_unique<CudaEvent>(context_); }
 
-void CudaStream::record(Event& event) {
+void CudaStream::do_record(Event& event) {
   check_cuda(*context_->cuda, context_->cuda->event_record(handle_of(event), handle()),
              "cudaEventRecord");
 }
 
-void CudaStream::wait(const Event& event) {
+void CudaStream::do_wait(const Event& event) {
   context_->failure->rethrow_if_set();
   check_cuda(*context_->cuda, context_->cuda->stream_wait_event(handle(), handle_of(event)),
              "cudaStreamWaitEvent");
 }
 
-void CudaStream::synchronize() {
+void CudaStream::do_synchronize() {
   const cudaError_t result = poll([this] { return context_->cuda->stream_query(handle()); },
                                   [this] { return context_->failure->is_set(); });
   context_->failure->rethrow_if_set();
   check_cuda(*context_->cuda, result, "cudaStreamQuery");
 }
 
-void CudaStream::reset() {
+void CudaStream::do_reset() {
   const auto limit = std::chrono::steady_clock::now() + kDrainLimit;
   const cudaError_t result =
       poll([this] { return context_->cuda->stream_query(handle()); },

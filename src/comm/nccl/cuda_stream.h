@@ -27,15 +27,18 @@ class CudaStream final : public Stream {
 
   [[nodiscard]] cudaStream_t handle() const;
 
-  // Runs `work` on the calling thread; what it launches goes to this stream.
-  void enqueue(std::function<void()> work) override;
   std::unique_ptr<Event> make_event() override;
-  void record(Event& event) override;
-  void wait(const Event& event) override;
-  void synchronize() override;
-  // A failure of the world stays: its communicators are gone.
-  void reset() override;
   bool has_failed() const override { return context_->failure->is_set(); }
+  [[nodiscard]] const void* native_handle() const override { return handle(); }
+
+ protected:
+  // Runs `work` on the calling thread; what it launches goes to this stream.
+  void do_enqueue(std::function<void()> work) override;
+  void do_record(Event& event) override;
+  void do_wait(const Event& event) override;
+  void do_synchronize() override;
+  // A failure of the world stays: its communicators are gone.
+  void do_reset() override;
 
  private:
   const std::shared_ptr<const CudaContext> context_;

@@ -150,8 +150,12 @@ class FakeCuda final : public CudaApi {
   // Queries of events while a graph was captured.
   [[nodiscard]] int num_captured_queries() const { return num_captured_queries_; }
 
+  // Streams run what they are given at once, on the thread that gives it: so this must be the order
+  // of all ranks. What the streams are asked for is as before.
+  void run_at_once() { runs_at_once_ = true; }
+
   void on_stream(cudaStream_t stream, std::function<void()> task) {
-    if (stream == current_stream(0)) return task();
+    if (runs_at_once_ || stream == current_stream(0)) return task();
     reinterpret_cast<FakeStream*>(stream)->push(std::move(task));
   }
   // Every query fails from here on, as after a kernel that wrote out of bounds.
@@ -214,6 +218,7 @@ class FakeCuda final : public CudaApi {
   const std::string bus_id_;
   const unsigned seed_;
   const unsigned max_delay_us_;
+  bool runs_at_once_ = false;
   std::atomic<bool> device_error_ = false;
   std::atomic<bool> is_capturing_ = false;
   std::atomic<int> num_captured_queries_ = 0;

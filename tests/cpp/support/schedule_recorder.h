@@ -1,40 +1,48 @@
-// ScheduleRecorder: streams and communicators that write down what they are asked for, and a proof
-// that what was asked is ordered.
+// ScheduleRecorder: streams and communicators of one rank, watched by a race detector that keeps
+// its trace. Nothing moves between ranks.
 //
-// A stream logs accesses to memory (Stream::note_read, note_write), and records and waits of
-// events. Only events order streams here, not the order in which the host issued the work. check()
-// gives every entry a vector clock and compares each access with earlier ones to the same bytes.
+// Only events order streams here, not the order in which the host issued the work.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
-#include <algorithm>
 #include <map>
 #include <memory>
-#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "mics/communicator.h"
 #include "mics/flight_log.h"
+#include "mics/race_detector.h"
 #include "mics/runtime_streams.h"
 
 namespace mics::testing {
 
-inline constexpr int kNumStreams = 6;
-inline constexpr const char* kStreamNames[kNumStreams] = {
-    "compute", "gather_rail", "gather_intra", "reduce_intra", "reduce_rail", "replicate"};
+// Keeps every tensor that was accessed, so that no address is used twice.
+class KeepingObserver final : public StreamObserver {
+ public:
+  explicit KeepingObserver(std::shared_ptr<RaceDetector> detector)
+      : detector_(std::move(detector)) {}
+  std::shared_ptr<const void> on_record(const Stream& stream,
+                                        const std::shared_ptr<const void>& before) override {
+    return detector_->on_record(stream, before);
+  }
+  void on_wait(const Stream& stream, const std::shared_ptr<const void>& mark) override {
+    detector_->on_wait(stream, mark);
+  }
+  void on_synchronize(const Stream& /*stream*/) override {}  // only events order streams
+  void on_access(const Stream& stream, const at::Tensor& tensor, bool is_write,
+                 std::string_view operation, std::string_view unit) override {
+    kept_.push_back(tensor);
+    detector_->on_access(stream, tensor, is_write, operation, unit);
+  }
+  void on_enter(const Stream& stream) override { detector_->on_enter(stream); }
+  void on_leave() noexcept override { detector_->on_leave(); }
 
-struct ScheduleEntry {
-  enum class Kind { kRead, kWrite, kRecord, kWait };
-  Kind kind;
-  int stream;
-  // Of an access, in bytes.
-  const char* first = nullptr;
-  const char* last = nullptr;
-  int event = -1;         // of a record or a wait
-  int event_stream = -1;  // of a wait: where the event was recorded; -1: never
+ private:
+  const std::shared_ptr<RaceDetector> detector_;
+  std::vector<at::Tensor> kept_;
 };
 
 class ScheduleRecorder {
@@ -42,62 +50,19 @@ class ScheduleRecorder {
   [[nodiscard]] std::shared_ptr<RuntimeStreams> make_streams();
   // Moves no shard and no gradient; operations go into log().
   [[nodiscard]] std::unique_ptr<Communicator> make_communicator(GroupInfo group);
-  [[nodiscard]] const std::vector<ScheduleEntry>& entries() const { return entries_; }
-  [[nodiscard]] std::vector<ScheduleEntry>& entries() { return entries_; }
+  // The first race; empty: every two conflicting accesses are ordered.
+  [[nodiscard]] std::string race() const {
+    const std::vector<std::string> races = detector_->races();
+    return races.empty() ? std::string() : races.front();
+  }
+  [[nodiscard]] const RaceDetector& detector() const { return *detector_; }
   [[nodiscard]] const FlightLog& log() const { return *log_; }
 
  private:
-  friend class RecordingStream;
-  std::vector<ScheduleEntry> entries_;
-  std::vector<at::Tensor> kept_;  // no address is used twice
-  std::vector<int> stream_of_event_;
-  std::shared_ptr<FlightLog> log_ = std::make_shared<FlightLog>(1 << 16);
-};
-
-class RecordingEvent final : public Event {
- public:
-  explicit RecordingEvent(int id) : id(id) {}
-  bool query() const override { return true; }
-  void synchronize() override {}
-  const int id;
-};
-
-class RecordingStream final : public Stream {
- public:
-  RecordingStream(ScheduleRecorder& recorder, int index) : recorder_(recorder), index_(index) {}
-  void enqueue(std::function<void()> work) override { work(); }
-  std::unique_ptr<Event> make_event() override {
-    recorder_.stream_of_event_.push_back(-1);
-    return std::make_unique<RecordingEvent>(static_cast<int>(recorder_.stream_of_event_.size()) -
-                                            1);
-  }
-  void record(Event& event) override {
-    const int id = static_cast<RecordingEvent&>(event).id;
-    recorder_.stream_of_event_[static_cast<size_t>(id)] = index_;
-    add({ScheduleEntry::Kind::kRecord, index_, nullptr, nullptr, id, index_});
-  }
-  void wait(const Event& event) override {
-    const int id = static_cast<const RecordingEvent&>(event).id;
-    add({ScheduleEntry::Kind::kWait, index_, nullptr, nullptr, id,
-         recorder_.stream_of_event_[static_cast<size_t>(id)]});
-  }
-  void synchronize() override {}
-  void reset() override {}
-  bool has_failed() const override { return false; }
-  void note_read(const at::Tensor& tensor) override { note(ScheduleEntry::Kind::kRead, tensor); }
-  void note_write(const at::Tensor& tensor) override { note(ScheduleEntry::Kind::kWrite, tensor); }
-
- private:
-  void add(const ScheduleEntry& entry) { recorder_.entries_.push_back(entry); }
-  void note(ScheduleEntry::Kind kind, const at::Tensor& tensor) {
-    if (tensor.numel() == 0) return;
-    recorder_.kept_.push_back(tensor);
-    const auto* first = static_cast<const char*>(tensor.const_data_ptr());
-    add({kind, index_, first, first + tensor.nbytes()});
-  }
-
-  ScheduleRecorder& recorder_;
-  const int index_;
+  const std::shared_ptr<RaceDetector> detector_ =
+      std::make_shared<RaceDetector>(/*keeps_trace=*/true, /*throws=*/false);
+  const std::shared_ptr<KeepingObserver> observer_ = std::make_shared<KeepingObserver>(detector_);
+  const std::shared_ptr<FlightLog> log_ = std::make_shared<FlightLog>(1 << 16);
 };
 
 class RecordingCommunicator final : public Communicator {
@@ -118,11 +83,15 @@ class RecordingCommunicator final : public Communicator {
 };
 
 inline std::shared_ptr<RuntimeStreams> ScheduleRecorder::make_streams() {
-  auto streams = std::make_shared<RuntimeStreams>();
-  std::unique_ptr<Stream>* const members[kNumStreams] = {
-      &streams->compute,      &streams->gather_rail, &streams->gather_intra,
-      &streams->reduce_intra, &streams->reduce_rail, &streams->replicate};
-  for (int i = 0; i < kNumStreams; ++i) *members[i] = std::make_unique<RecordingStream>(*this, i);
+  std::shared_ptr<RuntimeStreams> streams = make_inline_streams();
+  const std::pair<Stream*, const char*> all[] = {
+      {streams->compute.get(), "compute"},           {streams->gather_rail.get(), "gather_rail"},
+      {streams->gather_intra.get(), "gather_intra"}, {streams->reduce_intra.get(), "reduce_intra"},
+      {streams->reduce_rail.get(), "reduce_rail"},   {streams->replicate.get(), "replicate"}};
+  for (const auto& [stream, name] : all) {
+    detector_->add_stream(*stream, name, stream == streams->compute.get());
+    stream->set_observer(observer_);
+  }
   return streams;
 }
 
@@ -130,53 +99,6 @@ inline std::unique_ptr<Communicator> ScheduleRecorder::make_communicator(GroupIn
   auto made = std::make_unique<RecordingCommunicator>(std::move(group));
   made->set_flight_log(log_);
   return made;
-}
-
-// Empty: every two conflicting accesses are ordered. `skipped`: an entry to leave out, a wait.
-inline std::string check_order(const std::vector<ScheduleEntry>& entries, int skipped = -1) {
-  using Clock = std::vector<int>;
-  struct Past {
-    ScheduleEntry access;
-    int time;  // of its own stream
-  };
-  std::vector<Clock> clocks(kNumStreams, Clock(kNumStreams, 0));
-  std::map<int, Clock> marks;
-  std::vector<Past> past;
-  for (size_t i = 0; i < entries.size(); ++i) {
-    const ScheduleEntry& entry = entries[i];
-    Clock& clock = clocks[static_cast<size_t>(entry.stream)];
-    const auto own = static_cast<size_t>(entry.stream);
-    if (entry.kind == ScheduleEntry::Kind::kRecord) {
-      marks[entry.event] = clock;
-    } else if (entry.kind == ScheduleEntry::Kind::kWait) {
-      const auto mark = marks.find(entry.event);
-      if (mark == marks.end() || static_cast<int>(i) == skipped) continue;
-      for (size_t s = 0; s < kNumStreams; ++s) clock[s] = std::max(clock[s], mark->second[s]);
-    } else {
-      ++clock[own];
-      const bool is_write = entry.kind == ScheduleEntry::Kind::kWrite;
-      for (const Past& before : past) {
-        const ScheduleEntry& other = before.access;
-        const bool conflicts = other.first < entry.last && entry.first < other.last &&
-                               (is_write || other.kind == ScheduleEntry::Kind::kWrite);
-        if (!conflicts || clock[static_cast<size_t>(other.stream)] >= before.time) continue;
-        std::ostringstream text;
-        text << "entry " << i << ": " << kStreamNames[entry.stream]
-             << (is_write ? " writes" : " reads") << " what " << kStreamNames[other.stream]
-             << (other.kind == ScheduleEntry::Kind::kWrite ? " writes" : " reads")
-             << ", and no event orders them";
-        return text.str();
-      }
-      // Whoever is ordered after this write is ordered after what it covers.
-      if (is_write) {
-        std::erase_if(past, [&](const Past& before) {
-          return entry.first <= before.access.first && before.access.last <= entry.last;
-        });
-      }
-      past.push_back({entry, clock[own]});
-    }
-  }
-  return {};
 }
 
 }  // namespace mics::testing

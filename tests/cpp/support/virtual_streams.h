@@ -198,7 +198,7 @@ class VirtualStream final : public Stream {
     clock_.streams_.erase({rank_, index_});
   }
 
-  void enqueue(std::function<void()> work) override {
+  void do_enqueue(std::function<void()> work) override {
     if (is_inline()) return work();
     const std::lock_guard<std::mutex> lock(clock_.mutex_);
     push([work = std::move(work)] {
@@ -207,7 +207,7 @@ class VirtualStream final : public Stream {
     });
   }
   std::unique_ptr<Event> make_event() override { return std::make_unique<VirtualEvent>(*this); }
-  void record(Event& event) override {
+  void do_record(Event& event) override {
     const std::shared_ptr<VirtualMarks> marks = marks_of(event);
     const std::lock_guard<std::mutex> lock(clock_.mutex_);
     const int64_t mark = ++marks->num_marks;
@@ -220,18 +220,18 @@ class VirtualStream final : public Stream {
       return true;
     });
   }
-  void wait(const Event& event) override {
+  void do_wait(const Event& event) override {
     const std::shared_ptr<VirtualMarks> marks = marks_of(event);
     if (is_inline()) return wait_here(marks);
     const std::lock_guard<std::mutex> lock(clock_.mutex_);
     push([marks, mark = marks->num_marks] { return marks->num_done >= mark; });
   }
-  void synchronize() override {
+  void do_synchronize() override {
     const std::unique_ptr<Event> end = make_event();
-    record(*end);
+    do_record(*end);
     end->synchronize();
   }
-  void reset() override {}
+  void do_reset() override {}
   // A failure ends the simulation: it comes out of every later wait of every rank.
   bool has_failed() const override { return false; }
   std::chrono::steady_clock::time_point now() const override { return clock_.now(); }

@@ -7,12 +7,14 @@
 #include <chrono>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <torch/csrc/distributed/c10d/Store.hpp>
 #include <utility>
 #include <vector>
 
 #include "mics/nccl_world.h"
+#include "mics/race_detector.h"
 #include "support/fake_cuda.h"
 #include "support/fake_nccl.h"
 #include "support/poisoned_memory.h"
@@ -46,6 +48,8 @@ class FakeDevice {
     options.copy_engine = copy_engine;
     return NcclWorld::create(store, options, cuda_, nccl_);
   }
+  // See FakeCuda.
+  void run_at_once() { cuda_->run_at_once(); }
   // Calls since the last time, by name.
   std::map<std::string, int> take_counts() {
     std::map<std::string, int> counts = cuda_->take_counts();
@@ -76,6 +80,7 @@ PYBIND11_MODULE(nccl_fakes, module) {
       .def(py::init<int, unsigned>(), py::arg("rank"), py::arg("seed"), Release())
       .def("make_world", &FakeDevice::make_world, py::arg("store"), py::kw_only(),
            py::arg("world_size"), py::arg("registration"), py::arg("copy_engine"), Release())
+      .def("run_at_once", &FakeDevice::run_at_once)
       .def("take_counts", &FakeDevice::take_counts)
       .def_property_readonly("faults", &FakeDevice::faults)
       .def_property_readonly("num_live_communicators", &FakeDevice::num_live_communicators)
@@ -84,4 +89,17 @@ PYBIND11_MODULE(nccl_fakes, module) {
 
   // From here on, in this process.
   module.def("poison_memory", [] { (void)new mics::testing::PoisonedMemory(); });
+  // Tells `detector` of all memory of this process that poison_memory() gives out; null: nobody.
+  module.def(
+      "watch_memory",
+      [](std::shared_ptr<mics::RaceDetector> detector) {
+        if (detector == nullptr) return mics::testing::PoisoningAllocator::watch(nullptr);
+        mics::testing::PoisoningAllocator::watch(
+            [detector = std::move(detector)](void* data, size_t nbytes, bool is_given_out) {
+              const auto address = reinterpret_cast<uintptr_t>(data);
+              if (!is_given_out) return detector->free(address);
+              detector->allocate(address, static_cast<int64_t>(nbytes), std::nullopt);
+            });
+      },
+      py::arg("detector").none(true));
 }

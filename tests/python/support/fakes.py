@@ -69,6 +69,7 @@ def over_fakes(
     rank: int,
     *,
     seed: int = 0,
+    at_once: bool = False,
     registration: _C.NcclRegistration = _C.NcclRegistration.NONE,
     copy_engine: bool = False,
 ) -> Iterator[Any]:
@@ -79,12 +80,15 @@ def over_fakes(
 
     Args:
         seed: of random delays of every stream; 0: none.
+        at_once: streams run what they are given at once, on the thread that gives it.
         registration: as of NcclWorld.
         copy_engine: as of NcclWorld.
     """
     fakes = load()
     fakes.poison_memory()
     device = fakes.FakeDevice(rank, 0 if seed == 0 else seed + 1000 * rank)
+    if at_once:
+        device.run_at_once()
     world = device.make_world(
         dist.PrefixStore("fakes", dist.distributed_c10d._get_default_store()),
         world_size=dist.get_world_size(),
