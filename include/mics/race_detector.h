@@ -75,6 +75,9 @@ class RaceDetector final : public StreamObserver {
   // Accesses that were looked at.
   [[nodiscard]] int64_t num_accesses() const;
 
+  // Bytes of tensors that each operation has read or written, by its name.
+  [[nodiscard]] std::map<std::string, int64_t> moved_nbytes() const;
+
   // --- with a trace ---
 
   struct Noticed {
@@ -95,6 +98,7 @@ class RaceDetector final : public StreamObserver {
   std::shared_ptr<const void> on_record(const Stream& stream,
                                         const std::shared_ptr<const void>& before) override;
   void on_wait(const Stream& stream, const std::shared_ptr<const void>& mark) override;
+  void on_passed(const std::shared_ptr<const void>& mark) override;
   void on_synchronize(const Stream& stream) override;
   void on_access(const Stream& stream, const at::Tensor& tensor, bool is_write,
                  std::string_view operation, std::string_view unit) override;
@@ -141,6 +145,7 @@ class RaceDetector final : public StreamObserver {
   std::map<uint64_t, int> events_;                              // marks, by handle
   int num_marks_ = 0;
   int64_t num_accesses_ = 0;
+  std::map<std::string, int64_t> moved_nbytes_;  // by operation
   std::vector<std::string> races_;
 };
 

@@ -39,6 +39,8 @@ class StreamObserver {
       const Stream& stream, const std::shared_ptr<const void>& before) = 0;
   // `mark`: of the event that `stream` waits for; null: never recorded.
   virtual void on_wait(const Stream& stream, const std::shared_ptr<const void>& mark) = 0;
+  // The host has seen that what was before `mark` is done.
+  virtual void on_passed(const std::shared_ptr<const void>& mark) = 0;
   // The host has waited until the stream was empty.
   virtual void on_synchronize(const Stream& stream) = 0;
   virtual void on_access(const Stream& stream, const at::Tensor& tensor, bool is_write,
@@ -86,6 +88,13 @@ class Stream {
   void wait(const Event& event) {
     if (observer_ != nullptr) observer_->on_wait(*this, event.mark_);
     do_wait(event);
+  }
+  // Whether the host sees that `event`, as it is marked now, is done: then what follows anywhere
+  // comes after it.
+  [[nodiscard]] bool has_passed(const Event& event) const {
+    if (!event.query()) return false;
+    if (observer_ != nullptr) observer_->on_passed(event.mark_);
+    return true;
   }
   // Blocks the calling thread until the stream is empty. Not for the hot path.
   // Throws: the exception of the first failed work since the stream was made or reset.

@@ -62,7 +62,8 @@ class Unit {
   [[nodiscard]] bool is_lent() const { return is_lent_; }
 
   // --- what it needs of RuntimeMemory ---
-  // Hop 2 of gathers reads a block and not the shard: several nodes, or the dtype changes.
+  // Hop 2 of gathers reads a block and not the shard: several nodes, or the dtype changes on the
+  // way to other ranks.
   [[nodiscard]] bool has_block() const;
   [[nodiscard]] int64_t block_nbytes() const;
   // It has memory of its own for its full parameters: it rests unsharded, or is in use while
@@ -70,6 +71,13 @@ class Unit {
   [[nodiscard]] bool keeps_full() const;
   // It has memory of its own for its node block.
   [[nodiscard]] bool keeps_block() const;
+  // A partition group of one: the shard is cast straight into the full parameters.
+  [[nodiscard]] bool is_whole() const { return parameters_.layout().partition_size() == 1; }
+  // Its full gradients are added straight to their sum: nothing moves, and no rounding to the
+  // reduce dtype is left out.
+  [[nodiscard]] bool sums_in_place() const;
+  // Elements of full gradients that cannot be reduced where autograd leaves them.
+  [[nodiscard]] int64_t packed_numel() const;
   // Hop 2 of reductions runs at the boundary only.
   [[nodiscard]] bool accumulates_block() const;
 
@@ -92,6 +100,9 @@ class Unit {
 // Names of units that have gradients which are not visible.
 [[nodiscard]] std::vector<std::string> unfinished_units(
     const std::vector<std::shared_ptr<Unit>>& units);
+
+// Bytes of memory for sums of gradients that was not planned.
+[[nodiscard]] int64_t unplanned_sum_nbytes(const std::vector<std::shared_ptr<Unit>>& units);
 
 // UnitParameters::matches_requires_grad() of all units.
 [[nodiscard]] bool match_requires_grad(const std::vector<std::shared_ptr<Unit>>& units);

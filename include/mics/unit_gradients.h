@@ -27,6 +27,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <vector>
 
 #include "mics/shard_layout.h"
@@ -36,6 +37,12 @@ namespace mics {
 
 enum class GradientState { kNone, kAccumulated, kSynchronized, kBoth };
 
+[[nodiscard]] constexpr bool has_accumulated(GradientState state) {
+  return state == GradientState::kAccumulated || state == GradientState::kBoth;
+}
+
+class SumMemory;
+
 class UnitGradients {
  public:
   // `parameters` outlives it. Throws InvalidArgument when the gradient does not have the layout's
@@ -44,8 +51,6 @@ class UnitGradients {
 
   [[nodiscard]] const ShardLayout& layout() const { return layout_; }
   [[nodiscard]] at::ScalarType reduce_dtype() const { return reduce_dtype_; }
-  // Elements of full gradients that cannot be reduced where autograd leaves them.
-  [[nodiscard]] int64_t packed_numel() const;
 
   // --- full gradients ---
   [[nodiscard]] bool has_full() const;
@@ -57,14 +62,14 @@ class UnitGradients {
   // is called at most once. Parameters without a gradient on this rank give zeros. Makes next_sum(),
   // so that its fill is ordered as the gradients are.
   [[nodiscard]] std::vector<at::Tensor> take_full(const std::function<at::Tensor(int64_t)>& pack);
+  // For a partition group of one: adds the full gradients to accumulated(), on compute, and frees
+  // them. Those that are missing on this rank count as zeros.
+  void sum_full();
   // Calls `arrived` when a full parameter gets a gradient. Only the first call counts.
   void watch(const std::function<void()>& arrived);
 
   // --- sums ---
   [[nodiscard]] GradientState state() const { return state_; }
-  [[nodiscard]] bool has_accumulated() const {
-    return state_ == GradientState::kAccumulated || state_ == GradientState::kBoth;
-  }
   // A gradient was reduced, or waits to be, that is not visible. The same on every rank.
   [[nodiscard]] bool is_accumulating() const {
     return state_ != GradientState::kNone || is_deferred_;
@@ -73,6 +78,8 @@ class UnitGradients {
   [[nodiscard]] const at::Tensor& accumulated() const { return accumulated_; }
   // The memory of accumulated(), there or to be. Its alignment gaps are zeros.
   [[nodiscard]] const at::Tensor& next_sum() const { return next_sum_; }
+  // Where sums lie.
+  [[nodiscard]] SumMemory& sum_memory() const { return *sums_; }
   // Makes accumulated() of next_sum(); its values are undefined.
   [[nodiscard]] const at::Tensor& new_accumulated();
   // The gradient block of RuntimeMemory holds a sum over micro-steps, over one node's ranks.
@@ -111,6 +118,7 @@ class UnitGradients {
   // Derives trainable_, layout_ and used_ from gradients_.
   void lay_out();
   [[nodiscard]] int num_trainable() const { return static_cast<int>(trainable_.size()); }
+  void check_dense(const at::Tensor& gradient, int index) const;
   // Elements of the regions that do not fit autograd's own gradients.
   [[nodiscard]] int64_t count_unfit() const;
   [[nodiscard]] int trainable(int index) const { return trainable_[static_cast<size_t>(index)]; }
@@ -136,8 +144,8 @@ class UnitGradients {
   ShardLayout layout_;
 
   GradientState state_ = GradientState::kNone;
-  at::Tensor separate_;      // memory for a sum beside the gradient; made when first needed
-  at::Tensor next_sum_;      // gradient_, separate_ or a tensor of its own
+  std::shared_ptr<SumMemory> sums_;
+  at::Tensor next_sum_;      // of sums_
   at::Tensor accumulated_;   // next_sum_, or undefined
   at::Tensor synchronized_;  // likewise, never the same as accumulated_
   bool has_block_ = false;

@@ -62,6 +62,7 @@ void bind_races(py::module_& module) {
            py::arg("event"), py::arg("stream"))
       .def_property_readonly("races", &RaceDetector::races)
       .def_property_readonly("num_accesses", &RaceDetector::num_accesses)
+      .def_property_readonly("moved_nbytes", &RaceDetector::moved_nbytes)
       .def("put_defects", &RaceDetector::put_defects,
            "Puts defects into the trace one at a time, and counts by kind which are noticed.",
            py::arg("stride"), py::arg("only") = "", Release());

@@ -131,8 +131,9 @@ void bind_runtime(py::module_& module) {
           py::return_value_policy::reference_internal)
       .def_property_readonly("is_unsharded",
                              [](const Unit& self) { return self.parameters().is_unsharded(); })
-      .def_property_readonly("has_accumulated",
-                             [](const Unit& self) { return self.gradients().has_accumulated(); })
+      .def_property_readonly(
+          "has_accumulated",
+          [](const Unit& self) { return has_accumulated(self.gradients().state()); })
       .def_property_readonly("has_full_gradient",
                              [](const Unit& self) { return self.gradients().has_full(); })
       .def_property_readonly("is_accumulating",
@@ -228,6 +229,10 @@ void bind_runtime(py::module_& module) {
            "Ends a backward under manual finalization.", Release())
       .def("set_manual_finalization", &Engine::set_manual_finalization,
            "Whether finish_backward() is called by hand.")
+      .def(
+          "unplanned_sum_nbytes",
+          [](const Engine& self) { return unplanned_sum_nbytes(self.units()); },
+          "Bytes of memory for sums of gradients that was not planned.")
       .def(
           "unfinished_units", [](const Engine& self) { return unfinished_units(self.units()); },
           "Names of units with gradients that are not visible.")

@@ -728,6 +728,8 @@ class RaceDetector:
     def races(self) -> list[str]: ...
     @property
     def num_accesses(self) -> int: ...
+    @property
+    def moved_nbytes(self) -> dict[str, int]: ...
     def put_defects(self, stride: int, only: str = "") -> dict[str, NoticedDefects]:
         """Puts defects into the trace one at a time, and counts by kind which are noticed."""
 
@@ -812,6 +814,8 @@ class Engine:
         """Ends a backward under manual finalization."""
     def set_manual_finalization(self, is_manual: bool) -> None:
         """Whether finish_backward() is called by hand."""
+    def unplanned_sum_nbytes(self) -> int:
+        """Bytes of memory for sums of gradients that was not planned."""
     def unfinished_units(self) -> list[str]:
         """Names of units with gradients that are not visible."""
     def matches_requires_grad(self) -> bool:

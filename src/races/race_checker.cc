@@ -92,7 +92,11 @@ std::optional<Race> RaceChecker::add(const RaceEntry& entry) {
       }
       return std::nullopt;
     case kHostWait:
-      join(host_, clock);
+      if (entry.mark < 0) {
+        join(host_, clock);
+      } else if (const auto mark = marks_.find(entry.mark); mark != marks_.end()) {
+        join(host_, mark->second);
+      }
       return std::nullopt;
     case kRead:
     case kWrite:

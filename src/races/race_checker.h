@@ -29,7 +29,9 @@ struct RaceEntry {
   int operation = 0;   // of an access; the caller's number for its name
   uint64_t first = 0;  // bytes [first, last) of an access
   uint64_t last = 0;
-  int mark = -1;    // of a record: its number; of a wait: of the record, -1: never recorded
+  // Of a record: its number; of a wait: of the record, -1: never recorded. Of a host's wait: -1: it
+  // is for the stream.
+  int mark = -1;
   int before = -1;  // of a record: what the event was marked with until now
 };
 

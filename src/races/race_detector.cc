@@ -145,6 +145,7 @@ void RaceDetector::add_access(int stream, const at::Tensor& tensor, bool is_writ
   const auto [first, last] = bytes_of(tensor);
   if (first == last) return;
   ++num_accesses_;
+  moved_nbytes_[operation] += static_cast<int64_t>(tensor.nbytes());
   if (Allocation* allocation = allocation_of(tensor)) {
     allocation->nbytes =
         std::max(allocation->nbytes, static_cast<int64_t>(tensor.storage().nbytes()));
@@ -244,6 +245,11 @@ int64_t RaceDetector::num_accesses() const {
   return num_accesses_;
 }
 
+std::map<std::string, int64_t> RaceDetector::moved_nbytes() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return moved_nbytes_;
+}
+
 // --- of streams ---
 
 std::shared_ptr<const void> RaceDetector::on_record(const Stream& stream,
@@ -257,6 +263,12 @@ std::shared_ptr<const void> RaceDetector::on_record(const Stream& stream,
 void RaceDetector::on_wait(const Stream& stream, const std::shared_ptr<const void>& mark) {
   const std::lock_guard<std::mutex> lock(mutex_);
   add({Kind::kWait, id_of(stream), 0, 0, 0, number_of(mark), -1});
+}
+
+void RaceDetector::on_passed(const std::shared_ptr<const void>& mark) {
+  if (mark == nullptr) return;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  add({Kind::kHostWait, kCompute, 0, 0, 0, number_of(mark), -1});
 }
 
 void RaceDetector::on_synchronize(const Stream& stream) {

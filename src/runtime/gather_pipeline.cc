@@ -1,5 +1,6 @@
 #include "runtime/gather_pipeline.h"
 
+#include <ATen/ops/_foreach_copy.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
 
@@ -149,7 +150,18 @@ bool GatherPipeline::take_full(int index, bool may_grow) {
   return taken.full != nullptr;
 }
 
+// The slots are written by the stream of hop 1, of units with one node by that of hop 2: so the next
+// owner waits for the latter.
 void GatherPipeline::free_block(int index) {
+  const Gather& taken = of(index);
+  if (taken.block != nullptr && taken.block != memory_->block_home(index)) {
+    streams_.gather_intra->wait(*taken.block_written);
+    streams_.gather_intra->record(*taken.block->free);
+  }
+  give_back_block(index);
+}
+
+void GatherPipeline::give_back_block(int index) {
   Gather& taken = of(index);
   taken.block_of.reset();
   if (taken.block == nullptr) return;
@@ -170,6 +182,8 @@ void GatherPipeline::free_full(int index) {
   if (was_read) {
     streams_.compute->note_read(taken.full->memory, "use of full parameters", unit(index).name());
   }
+  // A grown slot goes back to the allocator.
+  if (!was_read && !taken.full->is_planned) streams_.compute->wait(*taken.full_written);
   streams_.compute->record(*taken.full->free);
   if (taken.full != memory_->full_home(index)) memory_->full_slots().give_back(taken.full);
   taken.full = nullptr;
@@ -222,8 +236,25 @@ std::vector<TensorPair> GatherPipeline::make_pairs(int index) {
           : to.block->as(parameters.dtype(), hops.num_nodes() * layout.shard_numel());
   std::vector<TensorPair> pairs =
       gather_pairs(layout, block, to.full->as(parameters.dtype(), layout.full_numel()), hops);
+  if (unit(index).is_whole()) return pairs;  // copies cast
   for (TensorPair& pair : pairs) pair = {to_move(pair.output), to_move(pair.input)};
   return pairs;
+}
+
+// One launch casts all parameters, so a byte is read once and written once.
+void GatherPipeline::copy_shard(int index, const std::vector<TensorPair>& pairs) {
+  std::vector<at::Tensor> outputs;
+  std::vector<at::Tensor> inputs;
+  for (const TensorPair& pair : pairs) {
+    streams_.gather_intra->note_read(pair.input, "cast of the shard", unit(index).name());
+    streams_.gather_intra->note_write(pair.output, "cast of the shard", unit(index).name());
+    outputs.push_back(pair.output);
+    inputs.push_back(pair.input);
+  }
+  streams_.gather_intra->enqueue([outputs = std::move(outputs), inputs = std::move(inputs)] {
+    const c10::NoGradGuard no_grad;
+    at::_foreach_copy_(outputs, inputs);
+  });
 }
 
 // Hop 2. Its tensors are made once per pair of planned slots, and kept. Those of a grown slot are
@@ -234,7 +265,9 @@ void GatherPipeline::send_intra(int index) {
   Communicator& intra = *started.communicators().gather.intra;
   const auto send = [&](const std::vector<TensorPair>& pairs) {
     if (intra.group().size() > 1) digest_.note(StepDigest::Launch::kGatherIntra, index);
-    if (!pairs.empty()) intra.all_gather(pairs, *streams_.gather_intra, started.name());
+    if (pairs.empty()) return;
+    if (started.is_whole()) return copy_shard(index, pairs);
+    intra.all_gather(pairs, *streams_.gather_intra, started.name());
   };
   if (!to.full->is_planned || (to.block != nullptr && !to.block->is_planned)) {
     return send(make_pairs(index));
@@ -277,7 +310,7 @@ bool GatherPipeline::start_intra(int index, bool may_grow) {
   send_intra(index);
   stream.record(*to.full_written);
   if (to.block != nullptr) stream.record(*to.block->free);
-  if (!started.keeps_block()) free_block(index);
+  if (!started.keeps_block()) give_back_block(index);
   to.full_of = weights(index);
   return true;
 }

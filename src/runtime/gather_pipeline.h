@@ -162,8 +162,13 @@ class GatherPipeline {
   [[nodiscard]] bool take_full(int index, bool may_grow);
   [[nodiscard]] bool take_block(int index, bool may_grow);
   void free_full(int index);
+  // The block is given back; `block->free` is marked, or only its own unit uses it.
+  void give_back_block(int index);
+  // The same when its hop 2 has not been issued.
   void free_block(int index);
   void send_intra(int index);
+  // In place of hop 2, for a unit that is whole on this rank.
+  void copy_shard(int index, const std::vector<TensorPair>& pairs);
   [[nodiscard]] std::vector<TensorPair> make_pairs(int index);
 
   const std::vector<std::shared_ptr<Unit>>& units_;

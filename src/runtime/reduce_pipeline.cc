@@ -53,6 +53,7 @@ ReducePipeline::ReducePipeline(const std::vector<std::shared_ptr<Unit>>& units,
 }
 
 Stream& ReducePipeline::accumulation_stream(const Unit& unit) {
+  if (unit.sums_in_place()) return *streams_.compute;
   return unit.communicators().reduce.num_nodes() > 1 ? *streams_.reduce_rail
                                                      : *streams_.reduce_intra;
 }
@@ -75,6 +76,10 @@ void ReducePipeline::reduce(int index) {
   digest_.note(StepDigest::Launch::kReduce, index);
   const c10::InferenceMode no_inference(false);
   const c10::NoGradGuard no_grad;
+  if (reduced.sums_in_place()) {
+    gradients.sum_full();
+    return streams_.compute->record(*state(index).accumulated);
+  }
   const int slot = static_cast<int>(next_);
   InFlight& in_flight = in_flight_[next_];
   next_ = (next_ + 1) % in_flight_.size();
@@ -117,7 +122,7 @@ void ReducePipeline::reduce_to_block(int index, int slot, const std::vector<at::
   UnitGradients& gradients = reduced.gradients();
   const HopCommunicators& hops = reduced.communicators().reduce;
   Stream& stream = *streams_.reduce_intra;
-  const at::Tensor sum = gradient_block(index);
+  const at::Tensor sum = gradient_block(index, stream);
   const bool is_first = !gradients.has_block();
   const bool is_direct = is_first && sum.scalar_type() == gradients.reduce_dtype();
   // A late gradient: hop 2 of the block has run in this backward, and may still read the block.
@@ -125,7 +130,7 @@ void ReducePipeline::reduce_to_block(int index, int slot, const std::vector<at::
     stream.wait(*state(index).accumulated);
   }
   const at::Tensor block =
-      is_direct ? sum : memory_->reduce_block(slot, sum.numel(), gradients.reduce_dtype());
+      is_direct ? sum : memory_->reduce_block(slot, sum.numel(), gradients.reduce_dtype(), stream);
   zero_gaps(reduced, block);
   const std::vector<TensorPair> pairs = reduce_pairs(gradients.layout(), regions, block, hops);
   if (!pairs.empty()) hops.intra->reduce_scatter(pairs, stream, reduced.name());
@@ -145,14 +150,14 @@ void ReducePipeline::reduce_to_shard(int index, int slot, const std::vector<at::
   at::Tensor own = sum;
   if (hops.rail == nullptr) {
     if (!is_direct) {
-      own = memory_->reduce_block(slot, layout.shard_numel(), dtype);
+      own = memory_->reduce_block(slot, layout.shard_numel(), dtype, *streams_.reduce_intra);
       zero_gaps(reduced, own);
     }
     const std::vector<TensorPair> pairs = reduce_pairs(layout, regions, own, hops);
     if (!pairs.empty()) hops.intra->reduce_scatter(pairs, *streams_.reduce_intra, reduced.name());
   } else {
-    const at::Tensor block =
-        memory_->reduce_block(slot, hops.num_nodes() * layout.shard_numel(), dtype);
+    const at::Tensor block = memory_->reduce_block(slot, hops.num_nodes() * layout.shard_numel(),
+                                                   dtype, *streams_.reduce_intra);
     zero_gaps(reduced, block);
     const std::vector<TensorPair> pairs = reduce_pairs(layout, regions, block, hops);
     if (!pairs.empty()) hops.intra->reduce_scatter(pairs, *streams_.reduce_intra, reduced.name());
@@ -164,11 +169,11 @@ void ReducePipeline::reduce_to_shard(int index, int slot, const std::vector<at::
   if (!is_direct) accumulate(accumulation_stream(reduced), sum, own, is_first, reduced.name());
 }
 
-at::Tensor ReducePipeline::gradient_block(int index) {
+at::Tensor ReducePipeline::gradient_block(int index, Stream& first) {
   const Unit& owner = unit(index);
   const UnitGradients& gradients = owner.gradients();
   const int64_t numel = owner.communicators().reduce.num_nodes() * gradients.layout().shard_numel();
-  return memory_->gradient_block(index, numel, accumulation_dtype(gradients.reduce_dtype()));
+  return memory_->gradient_block(index, numel, accumulation_dtype(gradients.reduce_dtype()), first);
 }
 
 // Runs hop 2 for what was accumulated in a gradient block.
@@ -177,7 +182,7 @@ void ReducePipeline::reduce_accumulated_block(int index) {
   const HopCommunicators& hops = unit(index).communicators().reduce;
   Stream& stream = *streams_.reduce_rail;
   stream.wait(*state(index).block_summed);
-  const at::Tensor block = gradient_block(index);
+  const at::Tensor block = gradient_block(index, stream);
   const bool is_first = !gradients.accumulated().defined();
   const at::Tensor sum = is_first ? gradients.new_accumulated() : gradients.accumulated();
   const at::Tensor own = is_first ? sum : own_slot(gradients.layout(), block, hops);
@@ -202,7 +207,7 @@ void ReducePipeline::settle(int index) {
 void ReducePipeline::synchronize(int index) {
   Unit& synchronized = unit(index);
   UnitGradients& gradients = synchronized.gradients();
-  if (!gradients.has_accumulated()) return;
+  if (!has_accumulated(gradients.state())) return;
   digest_.note(StepDigest::Launch::kSynchronize, index);
   const c10::InferenceMode no_inference(false);
   const c10::NoGradGuard no_grad;
@@ -223,6 +228,7 @@ void ReducePipeline::synchronize(int index) {
   }
   if (gradients.synchronized().defined()) {
     accumulate(stream, gradients.synchronized(), sum, /*is_first=*/false, synchronized.name());
+    state(index).added.push_back(sum);
   }
   gradients.note_synchronized();
   stream.record(*state(index).synchronized);
@@ -257,6 +263,7 @@ void ReducePipeline::free_gradients() {
 void ReducePipeline::wait(int index) {
   wait_exposed(*streams_.compute, *state(index).synchronized, "reduction", unit(index).name(),
                state(index).exposed);
+  state(index).added.clear();
 }
 
 bool ReducePipeline::holds_block() const {
@@ -266,8 +273,13 @@ bool ReducePipeline::holds_block() const {
 
 void ReducePipeline::drop(int index) {
   // Memory that is still being written must not be reused.
-  if (unit(index).gradients().synchronized().defined()) wait(index);
-  unit(index).gradients().drop();
+  UnitGradients& gradients = unit(index).gradients();
+  if (gradients.synchronized().defined()) wait(index);
+  if (gradients.accumulated().defined()) {
+    wait_exposed(*streams_.compute, *state(index).accumulated, "reduction", unit(index).name(),
+                 state(index).exposed);
+  }
+  gradients.drop();
 }
 
 void ReducePipeline::reset() {
@@ -284,6 +296,7 @@ void ReducePipeline::make_events() {
     states_[i].block_summed = streams_.reduce_intra->make_event();
     states_[i].accumulated = accumulation_stream(*units_[i]).make_event();
     states_[i].synchronized = streams_.replicate->make_event();
+    states_[i].added.clear();
   }
   for (InFlight& slot : in_flight_) {
     slot.intra_done = streams_.reduce_intra->make_event();

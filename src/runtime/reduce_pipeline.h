@@ -69,6 +69,8 @@ class ReducePipeline {
     std::unique_ptr<Event> block_summed;  // hop 1 is done; with a gradient block: added to it
     std::unique_ptr<Event> accumulated;   // accumulated is whole
     std::unique_ptr<Event> synchronized;  // synchronized is whole
+    // Sums that were added to synchronized, until compute has waited for that.
+    std::vector<at::Tensor> added;
   };
   struct Factor {
     double value = 1;
@@ -83,10 +85,11 @@ class ReducePipeline {
   void make_events();
   [[nodiscard]] Unit& unit(int index) { return *units_[static_cast<size_t>(index)]; }
   [[nodiscard]] State& state(int index) { return states_[static_cast<size_t>(index)]; }
-  // Where accumulated is written.
+  // Where accumulated is written: on compute where nothing moves.
   [[nodiscard]] Stream& accumulation_stream(const Unit& unit);
   void reduce_accumulated_block(int index);
-  [[nodiscard]] at::Tensor gradient_block(int index);
+  // `first`: the stream that uses it first.
+  [[nodiscard]] at::Tensor gradient_block(int index, Stream& first);
   void reduce_to_block(int index, int slot, const std::vector<at::Tensor>& regions);
   void reduce_to_shard(int index, int slot, const std::vector<at::Tensor>& regions);
   [[nodiscard]] const at::Tensor& factor_of(double factor, const at::Tensor& like);

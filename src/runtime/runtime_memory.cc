@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "plan/check.h"
+#include "runtime/sum_memory.h"
 
 namespace mics {
 
@@ -73,7 +74,7 @@ at::Tensor Slot::as(at::ScalarType dtype, int64_t numel) const {
 }
 
 void SlotPool::add(at::Tensor memory) {
-  slots_.push_back({std::move(memory), events_.make_event()});
+  slots_.push_back({std::move(memory), compute_.make_event()});
 }
 
 Slot* SlotPool::take(int64_t nbytes) {
@@ -93,9 +94,9 @@ Slot* SlotPool::grow(int64_t nbytes, at::Device device) {
   add(allocate(nbytes, device));
   slots_.back().is_taken = true;
   slots_.back().is_planned = false;
-  // The allocator orders memory by compute, which may still read what was there before.
-  events_.note_write(slots_.back().memory, "allocation of a slot");
-  events_.record(*slots_.back().free);
+  compute_.note_write(slots_.back().memory, "allocation of a slot");
+  compute_.record(*slots_.back().free);
+  free_passed();
   return &slots_.back();
 }
 
@@ -103,21 +104,31 @@ void SlotPool::give_back(Slot* slot) {
   MICS_INTERNAL_CHECK(slot->is_taken, "a slot was given back twice.");
   slot->is_taken = false;
   slot->given_back = ++num_given_back_;
-  if (!slot->is_planned) slots_.remove_if([slot](const Slot& other) { return &other == slot; });
+  if (slot->is_planned) return;
+  const auto place = std::find_if(slots_.begin(), slots_.end(),
+                                  [slot](const Slot& other) { return &other == slot; });
+  retired_.splice(retired_.end(), slots_, place);
+  free_passed();
+}
+
+void SlotPool::free_passed() {
+  retired_.remove_if([this](const Slot& slot) { return compute_.has_passed(*slot.free); });
 }
 
 RuntimeMemory::RuntimeMemory(const std::vector<std::shared_ptr<Unit>>& units, const Depths& depths,
-                             Stream& events, int64_t num_flags)
-    : device_(units.front()->parameters().shard().device()),
+                             Stream& compute, int64_t num_flags)
+    : compute_(compute),
+      allocated_(compute.make_event()),
+      device_(units.front()->parameters().shard().device()),
       key_(key_of(units)),
-      full_slots_(events),
-      block_slots_(events),
+      full_slots_(compute),
+      block_slots_(compute),
       homes_(units.size()),
       reductions_(static_cast<size_t>(depths.reductions)) {
   // Views made in the caller's inference mode could not be written to later.
   const c10::InferenceMode no_inference(false);
   Cutter cutter;
-  plan_units(units, depths, events, cutter);
+  plan_units(units, depths, cutter);
   plan_reductions(units, cutter);
   cutter.ask("flags", num_flags * static_cast<int64_t>(sizeof(int64_t)),
              [this](const at::Tensor& memory) { flags_ = memory.view(at::kLong); });
@@ -130,15 +141,22 @@ RuntimeMemory::RuntimeMemory(const std::vector<std::shared_ptr<Unit>>& units, co
   cutter.cut(whole_);
   parts_ = cutter.parts();
   nbytes_ = cutter.total();
+  MemoryPart sums = {"gradient sums", 0, 0};
+  for (const std::shared_ptr<Unit>& unit : units) {
+    const int64_t nbytes = unit->gradients().sum_memory().plan();
+    sums.count += nbytes > 0 ? 1 : 0;
+    sums.nbytes += nbytes;
+  }
+  if (sums.count > 0) parts_.push_back(std::move(sums));
 }
 
 void RuntimeMemory::plan_units(const std::vector<std::shared_ptr<Unit>>& units,
-                               const Depths& depths, Stream& events, Cutter& cutter) {
+                               const Depths& depths, Cutter& cutter) {
   std::vector<int64_t> full_sizes;
   std::vector<int64_t> block_sizes;
-  const auto home_slot = [&events](std::unique_ptr<Slot>& home) {
-    return [&home, &events](at::Tensor memory) {
-      home = std::make_unique<Slot>(Slot{std::move(memory), events.make_event()});
+  const auto home_slot = [this](std::unique_ptr<Slot>& home) {
+    return [this, &home](at::Tensor memory) {
+      home = std::make_unique<Slot>(Slot{std::move(memory), compute_.make_event()});
     };
   };
   for (size_t i = 0; i < units.size(); ++i) {
@@ -182,11 +200,11 @@ void RuntimeMemory::plan_reductions(const std::vector<std::shared_ptr<Unit>>& un
   int64_t packed_nbytes = 0;
   for (const std::shared_ptr<Unit>& unit : units) {
     const UnitGradients& gradients = unit->gradients();
-    if (gradients.layout().num_parameters() == 0) continue;
+    if (gradients.layout().num_parameters() == 0 || unit->sums_in_place()) continue;
     const at::ScalarType dtype = gradients.reduce_dtype();
     const int64_t numel = unit->num_nodes() * gradients.layout().shard_numel();
     block_nbytes = std::max(block_nbytes, nbytes_of(numel, dtype));
-    packed_nbytes = std::max(packed_nbytes, nbytes_of(gradients.packed_numel(), dtype));
+    packed_nbytes = std::max(packed_nbytes, nbytes_of(unit->packed_numel(), dtype));
   }
   for (Reduction& reduction : reductions_) {
     cutter.ask("reductions", block_nbytes,
@@ -218,22 +236,20 @@ void RuntimeMemory::register_with(const std::vector<std::shared_ptr<Unit>>& unit
   }
 }
 
-at::Tensor RuntimeMemory::fit(at::Tensor& memory, int64_t numel, at::ScalarType dtype) {
+at::Tensor RuntimeMemory::fit(at::Tensor& memory, int64_t numel, at::ScalarType dtype,
+                              Stream& first) {
   const int64_t nbytes = nbytes_of(numel, dtype);
   if (!memory.defined() || memory.numel() < nbytes) {
     ++num_grown_;
     grown_nbytes_ += nbytes;
     memory = allocate(nbytes, device_);
+    compute_.note_write(memory, "allocation");
+    if (&first != &compute_) {
+      compute_.record(*allocated_);
+      first.wait(*allocated_);
+    }
   }
   return memory.narrow(0, 0, nbytes).view(dtype);
-}
-
-at::Tensor RuntimeMemory::reduce_block(int index, int64_t numel, at::ScalarType dtype) {
-  return fit(at(reductions_, index).block, numel, dtype);
-}
-
-at::Tensor RuntimeMemory::packed_gradients(int index, int64_t numel, at::ScalarType dtype) {
-  return fit(at(reductions_, index).packed, numel, dtype);
 }
 
 Slot* RuntimeMemory::grow_full(int64_t nbytes) {

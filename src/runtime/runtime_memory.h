@@ -8,12 +8,22 @@
 //   flags            which parameters some rank used, for the sum of a boundary
 //   reductions       per reduction in flight: a node block and gradients that have to be packed
 //
+// Beside it, where gradients have another dtype than their sums:
+//   gradient sums    the sum of each unit's shard over micro-steps; the units own it
+//
 // Sizes follow from the units alone, so they are the same on every rank. What does not fit at run
 // time (several units unsharded by hand, a gradient that must be packed unexpectedly) gets an
 // allocation of its own, which is counted.
 //
 // Slots are taken and given back where the host program stands, never by the progress of a device:
 // so all ranks decide alike. `Slot::free` orders the work.
+//
+// Memory and streams. torch's allocator gives memory out, and takes it back, in the order of
+// compute: what it gives out, compute may still read; what it gets back, compute may write at once.
+// The other streams must be ordered by hand, and this file is where it is done:
+//   new memory     the stream that uses it first waits for compute as it was after the allocation;
+//                  the functions below that may allocate take that stream
+//   freed memory   is kept until the host sees that its last use is over
 //
 // Thread safety: one thread at a time.
 #pragma once
@@ -46,18 +56,22 @@ struct Slot {
 // Slots that units take turns to use.
 class SlotPool {
  public:
-  explicit SlotPool(Stream& events) : events_(events) {}
+  explicit SlotPool(Stream& compute) : compute_(compute) {}
   void add(at::Tensor memory);
   // The smallest free slot that fits; of several, the one given back longest ago: its last reader
   // is most likely done, so that filling it does not wait. Null when there is none.
   [[nodiscard]] Slot* take(int64_t nbytes);
-  // A slot with memory of its own.
+  // A slot with memory of its own; `free` is marked on compute.
   [[nodiscard]] Slot* grow(int64_t nbytes, at::Device device);
+  // `slot->free` is marked. The memory of a grown slot is freed when that is over.
   void give_back(Slot* slot);
 
  private:
-  Stream& events_;
-  std::list<Slot> slots_;  // addresses stay
+  void free_passed();
+
+  Stream& compute_;
+  std::list<Slot> slots_;    // addresses stay
+  std::list<Slot> retired_;  // grown ones that were given back
   int64_t num_given_back_ = 0;
 };
 
@@ -70,10 +84,10 @@ struct MemoryPart {
 
 class RuntimeMemory {
  public:
-  // Allocates; memory of the units' communicators where they have a kind of their own. `events`
+  // Allocates; memory of the units' communicators where they have a kind of their own. `compute`
   // makes the slots' events and outlives this. `num_flags`: int64 elements.
   RuntimeMemory(const std::vector<std::shared_ptr<Unit>>& units, const Depths& depths,
-                Stream& events, int64_t num_flags);
+                Stream& compute, int64_t num_flags);
   RuntimeMemory(const RuntimeMemory&) = delete;
   RuntimeMemory& operator=(const RuntimeMemory&) = delete;
 
@@ -91,13 +105,20 @@ class RuntimeMemory {
   [[nodiscard]] Slot* full_home(int unit) { return at(homes_, unit).full.get(); }
   [[nodiscard]] Slot* block_home(int unit) { return at(homes_, unit).block.get(); }
   // The unit's gradient block, [numel]; the same memory in each call with the same arguments.
-  [[nodiscard]] at::Tensor gradient_block(int unit, int64_t numel, at::ScalarType dtype) {
-    return fit(at(homes_, unit).gradient_block, numel, dtype);
+  // `first`: the stream that uses it first, if it is new.
+  [[nodiscard]] at::Tensor gradient_block(int unit, int64_t numel, at::ScalarType dtype,
+                                          Stream& first) {
+    return fit(at(homes_, unit).gradient_block, numel, dtype, first);
   }
   // Memory of reduction `index`: its node block, its packed gradients; [numel], valid until the
-  // next call for the same index.
-  [[nodiscard]] at::Tensor reduce_block(int index, int64_t numel, at::ScalarType dtype);
-  [[nodiscard]] at::Tensor packed_gradients(int index, int64_t numel, at::ScalarType dtype);
+  // next call for the same index, at which compute has waited for its last use.
+  [[nodiscard]] at::Tensor reduce_block(int index, int64_t numel, at::ScalarType dtype,
+                                        Stream& first) {
+    return fit(at(reductions_, index).block, numel, dtype, first);
+  }
+  [[nodiscard]] at::Tensor packed_gradients(int index, int64_t numel, at::ScalarType dtype) {
+    return fit(at(reductions_, index).packed, numel, dtype, compute_);
+  }
   // [num_flags], int64.
   [[nodiscard]] const at::Tensor& flags() const { return flags_; }
   // A full slot or block slot that is not in the plan.
@@ -123,7 +144,7 @@ class RuntimeMemory {
   };
   // Ask `cutter` for slots and blocks of the units, and for what reductions work in.
   void plan_units(const std::vector<std::shared_ptr<Unit>>& units, const Depths& depths,
-                  Stream& events, Cutter& cutter);
+                  Cutter& cutter);
   void plan_reductions(const std::vector<std::shared_ptr<Unit>>& units, Cutter& cutter);
   // What decides the plan, per unit.
   using Key = std::vector<std::array<int64_t, 4>>;
@@ -132,8 +153,11 @@ class RuntimeMemory {
   static T& at(std::vector<T>& items, int index) {
     return items[static_cast<size_t>(index)];
   }
-  [[nodiscard]] at::Tensor fit(at::Tensor& memory, int64_t numel, at::ScalarType dtype);
+  [[nodiscard]] at::Tensor fit(at::Tensor& memory, int64_t numel, at::ScalarType dtype,
+                               Stream& first);
 
+  Stream& compute_;
+  const std::unique_ptr<Event> allocated_;
   const at::Device device_;
   const Key key_;
   at::Tensor whole_;

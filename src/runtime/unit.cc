@@ -1,6 +1,11 @@
 #include "mics/unit.h"
 
+#include <c10/core/ScalarType.h>
+
 #include <algorithm>
+#include <numeric>
+
+#include "runtime/sum_memory.h"
 
 namespace mics {
 
@@ -11,7 +16,7 @@ Unit::Unit(const UnitOptions& options, UnitCommunicators communicators)
       gradients_(options, parameters_) {}
 
 bool Unit::has_block() const {
-  if (parameters_.full_is_shard()) return false;
+  if (parameters_.full_is_shard() || is_whole()) return false;
   return num_nodes() > 1 || parameters_.shard().scalar_type() != parameters_.dtype();
 }
 
@@ -31,6 +36,23 @@ bool Unit::keeps_block() const {
   const ResidencySettings& residency = settings_.residency;
   return residency.after_forward == Residency::kBlock ||
          residency.between_microsteps == Residency::kBlock;
+}
+
+bool Unit::sums_in_place() const {
+  const at::ScalarType reduce_dtype = gradients_.reduce_dtype();
+  return is_whole() && c10::promoteTypes(parameters_.dtype(), reduce_dtype) == reduce_dtype;
+}
+
+int64_t Unit::packed_numel() const {
+  if (sums_in_place()) return 0;
+  const bool casts = parameters_.dtype() != gradients_.reduce_dtype();
+  const ShardLayout& layout = gradients_.layout();
+  int64_t numel = 0;
+  for (int i = 0; i < layout.num_parameters(); ++i) {
+    const ParameterLayout& parameter = layout.parameter(i);
+    if (casts || parameter.numel() != parameter.region_numel) numel += parameter.region_numel;
+  }
+  return numel;
 }
 
 bool Unit::accumulates_block() const {
@@ -68,6 +90,13 @@ std::vector<std::string> unfinished_units(const std::vector<std::shared_ptr<Unit
     }
   }
   return names;
+}
+
+int64_t unplanned_sum_nbytes(const std::vector<std::shared_ptr<Unit>>& units) {
+  return std::accumulate(units.begin(), units.end(), int64_t{0},
+                         [](int64_t nbytes, const std::shared_ptr<Unit>& unit) {
+                           return nbytes + unit->gradients().sum_memory().unplanned_nbytes();
+                         });
 }
 
 bool match_requires_grad(const std::vector<std::shared_ptr<Unit>>& units) {

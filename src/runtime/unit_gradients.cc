@@ -1,10 +1,10 @@
 #include "mics/unit_gradients.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/_foreach_add.h>
 #include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/_foreach_zero.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/variable.h>
@@ -15,6 +15,7 @@
 
 #include "mics/communicator.h"
 #include "plan/check.h"
+#include "runtime/sum_memory.h"
 
 namespace mics {
 
@@ -65,6 +66,9 @@ void UnitGradients::lay_out() {
   layout_ = ShardLayout(shapes, layout_.partition_size(),
                         layout_alignment(parameters_.dtype(), reduce_dtype_));
   used_.assign(trainable_.size(), false);
+  const bool has_sums = !trainable_.empty();  // a frozen unit may have any dtype
+  sums_ = std::make_shared<SumMemory>(gradient_,
+                                      has_sums ? accumulation_dtype(reduce_dtype_) : at::kFloat);
   MICS_CHECK(trainable_.empty() || gradient_.numel() == layout_.shard_numel(),
              "the gradient must have the layout's length: got numel=", gradient_.numel(),
              ", shard_numel=", layout_.shard_numel(), " (unit \"", parameters_.unit_name(), "\").");
@@ -75,16 +79,6 @@ void UnitGradients::change_state(GradientState next) {
                       "gradients of unit \"", parameters_.unit_name(), "\" go from state ",
                       static_cast<int>(state_), " to ", static_cast<int>(next), ".");
   state_ = next;
-}
-
-int64_t UnitGradients::packed_numel() const {
-  const bool casts = parameters_.dtype() != reduce_dtype_;
-  int64_t numel = 0;
-  for (int i = 0; i < num_trainable(); ++i) {
-    const ParameterLayout& parameter = layout_.parameter(i);
-    if (casts || parameter.numel() != parameter.region_numel) numel += parameter.region_numel;
-  }
-  return numel;
 }
 
 bool UnitGradients::has_full() const {
@@ -98,14 +92,18 @@ bool UnitGradients::fits_region(const at::Tensor& gradient, int64_t region_numel
          gradient.scalar_type() == reduce_dtype_ && gradient.numel() == region_numel;
 }
 
+void UnitGradients::check_dense(const at::Tensor& gradient, int index) const {
+  MICS_CHECK(gradient.layout() == at::kStrided,
+             "gradients must be dense: got a sparse gradient of \"",
+             parameters_.parameter(trainable(index)).name, "\" (unit \"", parameters_.unit_name(),
+             "\"). Use sparse=False in the embedding.");
+}
+
 int64_t UnitGradients::count_unfit() const {
   int64_t numel = 0;
   for (int i = 0; i < num_trainable(); ++i) {
     const at::Tensor& gradient = full(i).grad();
-    MICS_CHECK(!gradient.defined() || gradient.layout() == at::kStrided,
-               "gradients must be dense: got a sparse gradient of \"",
-               parameters_.parameter(trainable(i)).name, "\" (unit \"", parameters_.unit_name(),
-               "\"). Use sparse=False in the embedding.");
+    if (gradient.defined()) check_dense(gradient, i);
     const int64_t region_numel = layout_.parameter(i).region_numel;
     if (!fits_region(gradient, region_numel)) numel += region_numel;
   }
@@ -151,6 +149,35 @@ std::vector<at::Tensor> UnitGradients::take_full(const std::function<at::Tensor(
   return regions;
 }
 
+void UnitGradients::sum_full() {
+  is_deferred_ = false;
+  const bool is_first = !accumulated_.defined();
+  const at::Tensor sum = is_first ? new_accumulated() : accumulated_;
+  std::vector<at::Tensor> missing;
+  std::vector<at::Tensor> places;
+  std::vector<at::Tensor> gradients;
+  for (int i = 0; i < num_trainable(); ++i) {
+    at::Tensor gradient = std::move(full(i).mutable_grad());
+    full(i).mutable_grad().reset();
+    const at::Tensor place = chunk_of(sum, layout_.parameter(i));
+    if (!gradient.defined()) {
+      missing.push_back(place);
+      continue;
+    }
+    check_dense(gradient, i);
+    used_[static_cast<size_t>(i)] = true;
+    places.push_back(place.view(gradient.sizes()));
+    gradients.push_back(std::move(gradient));
+  }
+  if (is_first && !missing.empty()) at::_foreach_zero_(missing);
+  if (places.empty()) return;
+  if (is_first) {
+    at::_foreach_copy_(places, gradients);
+  } else {
+    at::_foreach_add_(places, gradients);
+  }
+}
+
 void UnitGradients::watch(const std::function<void()>& arrived) {
   if (is_watched_) return;
   is_watched_ = true;
@@ -166,18 +193,7 @@ bool UnitGradients::has_visible() const {
   });
 }
 
-at::Tensor UnitGradients::free_buffer() {
-  const at::ScalarType dtype = accumulation_dtype(reduce_dtype_);
-  if (gradient_.scalar_type() == dtype && !synchronized_.is_same(gradient_) && !has_visible()) {
-    return gradient_;
-  }
-  // Rare: gradients that come after the unit's reduction, beside visible ones. Freed after use.
-  if (separate_.defined() && synchronized_.is_same(separate_)) return at::zeros_like(separate_);
-  if (!separate_.defined()) {
-    separate_ = at::zeros_like(gradient_, gradient_.options().dtype(dtype));
-  }
-  return separate_;
-}
+at::Tensor UnitGradients::free_buffer() { return sums_->take(synchronized_, has_visible()); }
 
 void UnitGradients::note_sum() {
   change_state(synchronized_.defined() ? GradientState::kBoth : GradientState::kAccumulated);
@@ -271,7 +287,6 @@ void UnitGradients::change_trainable(const std::vector<at::Tensor>& gradients,
   gradients_ = gradients;
   gradient_ = std::move(gradient);
   lay_out();
-  separate_.reset();
   next_sum_.reset();
   const c10::NoGradGuard no_grad;
   const auto place_of = [&](int i) { return old_place[static_cast<size_t>(trainable(i))]; };

@@ -226,6 +226,34 @@ TEST(ScheduleChecker, GatherIntoAGrownSlotWaitsForCompute) {
   EXPECT_EQ(recorder.race(), "");
 }
 
+// Gathers that nobody waits for work in memory that goes back to the allocator.
+TEST(ScheduleChecker, GrownMemoryIsFreedAfterItsLastUse) {
+  for (const World& world : {kTwoNodes, World{1, 4, 4, false}}) {
+    ScheduleRecorder recorder;
+    Model model([&](GroupInfo group) { return recorder.make_communicator(std::move(group)); },
+                recorder.make_streams(), world, 0, 4, {}, {0, 0, 1});
+    for (int layer = 0; layer < 4; ++layer) model.engine().prefetch(layer);
+    for (int layer = 0; layer < 4; ++layer) model.engine().reshard(layer);
+    for (int layer = 0; layer < 4; ++layer) model.engine().unshard(layer);
+    for (int layer = 0; layer < 4; ++layer) model.engine().reshard(layer);
+    EXPECT_GT(model.engine().memory().num_grown(), 0);
+    EXPECT_EQ(recorder.race(), "");
+  }
+}
+
+// A reduction whose block was not planned for.
+TEST(ScheduleChecker, GrownBlockIsUsedAfterItsAllocation) {
+  ScheduleRecorder recorder;
+  const std::shared_ptr<RuntimeStreams> streams = recorder.make_streams();
+  Model model([&](GroupInfo group) { return recorder.make_communicator(std::move(group)); },
+              streams, kTwoNodes, 0, 2, {}, {});
+  RuntimeMemory memory(model.engine().units(), {}, *streams->compute, 0);
+  Stream& stream = *streams->reduce_intra;
+  const at::Tensor block = memory.reduce_block(0, 1 << 16, at::kFloat, stream);
+  stream.note_write(block, "reduce_scatter");
+  EXPECT_EQ(recorder.race(), "");
+}
+
 // `.grad` is kept from the step before, so the sum of this one needs other memory, which is filled.
 TEST(ScheduleChecker, SumBesideAVisibleGradientIsOrderedAfterItsFill) {
   for (const Residency accumulation : {Residency::kShard, Residency::kBlock}) {
@@ -257,6 +285,43 @@ TEST(ScheduleChecker, LateGradientIsOrderedAfterHop2OfTheBlock) {
     reduces.synchronize(1);
   }
   reduces.wait(1);
+  EXPECT_EQ(recorder.race(), "");
+}
+
+// A third sum has memory of its own: it is freed when it was added, but not while it is read.
+TEST(ScheduleChecker, SumThatIsAddedOutlivesItsReader) {
+  ScheduleRecorder recorder;
+  const std::shared_ptr<RuntimeStreams> streams = recorder.make_streams();
+  Model model([&](GroupInfo group) { return recorder.make_communicator(std::move(group)); },
+              streams, kTwoNodes, 0, 2, {}, {});
+  const std::vector<std::shared_ptr<Unit>>& units = model.engine().units();
+  StepDigest digest;
+  RuntimeMemory memory(units, {}, *streams->compute, 0);
+  ReducePipeline reduces(units, {}, *streams, digest);
+  reduces.set_memory(&memory);
+  model.sharded(1).mutable_grad() = at::zeros_like(model.sharded(1));  // kept by the user
+  for (int late = 0; late < 3; ++late) {
+    units[1]->parameters().full(0).mutable_grad() = at::ones({testing::kWidth, testing::kWidth});
+    reduces.reduce(1);
+    reduces.synchronize(1);
+  }
+  reduces.wait(1);
+  EXPECT_EQ(recorder.race(), "");
+}
+
+// Dropping what is being reduced must not give its memory to compute meanwhile.
+TEST(ScheduleChecker, DroppedSumIsNotWrittenAnyMore) {
+  ScheduleRecorder recorder;
+  const std::shared_ptr<RuntimeStreams> streams = recorder.make_streams();
+  Model model([&](GroupInfo group) { return recorder.make_communicator(std::move(group)); },
+              streams, kTwoNodes, 0, 2, {}, {});
+  for (int layer = 0; layer < 2; ++layer) {
+    model.unit(layer).settings().synchronize_gradients = false;
+  }
+  model.forward_nested(testing::batch(0, 0), {1}).sum().backward();
+  const at::Tensor sum = model.unit(1).gradients().accumulated();
+  model.engine().drop_gradients(1);
+  streams->compute->note_write(sum, "the user's own write");
   EXPECT_EQ(recorder.race(), "");
 }
 

@@ -88,12 +88,12 @@ TEST(UnitGradients, BlockCountsAsAccumulatedUntilItsSumIsMade) {
   OneUnit one;
   one.gradients().set_has_block(true);
   one.gradients().set_has_block(true);
-  EXPECT_TRUE(one.gradients().has_accumulated());
+  EXPECT_TRUE(has_accumulated(one.gradients().state()));
   (void)one.gradients().new_accumulated();
   one.gradients().set_has_block(false);
-  EXPECT_TRUE(one.gradients().has_accumulated());
+  EXPECT_TRUE(has_accumulated(one.gradients().state()));
   one.gradients().note_synchronized();
-  EXPECT_FALSE(one.gradients().has_accumulated());
+  EXPECT_FALSE(has_accumulated(one.gradients().state()));
 }
 
 TEST(UnitGradients, OtherTransitionsAreDefects) {

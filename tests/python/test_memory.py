@@ -24,7 +24,21 @@ def test_steps_keep_to_what_was_planned_before_the_first(world):
     for _ in range(3):
         value_of(model, world.rank).backward()
         assert mics.memory(model) == planned
+        model.zero_grad()
     assert planned["unplanned"] == 0
+
+
+@on_ranks()
+def test_sums_beside_kept_gradients_are_counted_beside_the_plan(world):
+    model, _ = twins(world, Stack)
+    shards = sum(p.to_local().nbytes for p in model.parameters())
+    value_of(model, world.rank).backward()
+    assert mics.memory(model)["unplanned"] == 0
+    value_of(model, world.rank).backward()
+    counted = mics.memory(model)["unplanned"]
+    assert counted >= shards
+    value_of(model, world.rank).backward()
+    assert mics.memory(model)["unplanned"] == counted
 
 
 @on_ranks()
@@ -103,6 +117,7 @@ def test_prefetch_depths_that_cannot_be_are_refused_and_change_nothing(world):
         twins(world, Stack, prefetch_depths=(2, 1))
     model, _ = twins(world, Stack)
     value_of(model, world.rank).backward()
+    model.zero_grad()
     planned = mics.memory(model)
     with pytest.raises(ValueError, match="0 <= intra <= rail"):
         model.set_prefetch_depths(intra=-1, rail=2)

@@ -32,7 +32,8 @@ def memory(model: nn.Module) -> dict[str, int]:
     It is one allocation for full parameters, node blocks and reductions, planned from the units and their
     settings (docs/training.md#memory); shards, gradients and optimizer states are not in it. "unplanned"
     counts the allocations for what did not fit, over the life of the plan: several units unsharded by
-    hand, for example. (Its key was "beside the plan", which still works, with a warning.)
+    hand, or sums of gradients beside a `.grad` that is kept. (Its key was "beside the plan", which still
+    works, with a warning.)
 
     Collective before the first forward.
     """
@@ -41,7 +42,8 @@ def memory(model: nn.Module) -> dict[str, int]:
         planned = context.engine.memory()
         for part in planned.parts:
             totals[part.name] = totals.get(part.name, 0) + part.nbytes
-        totals["unplanned"] = totals.pop("unplanned", 0) + planned.grown_nbytes
+        sums = context.engine.unplanned_sum_nbytes()
+        totals["unplanned"] = totals.pop("unplanned", 0) + planned.grown_nbytes + sums
     return totals
 
 

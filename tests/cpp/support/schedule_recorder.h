@@ -1,13 +1,15 @@
 // ScheduleRecorder: streams and communicators of one rank, watched by a race detector that keeps
-// its trace. Nothing moves between ranks.
+// its trace and is told of every allocation and free. Nothing moves between ranks.
 //
-// Only events order streams here, not the order in which the host issued the work.
+// Streams run what they are given at once. Only events order them, not the order in which the host
+// issued the work.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -16,37 +18,24 @@
 #include "mics/flight_log.h"
 #include "mics/race_detector.h"
 #include "mics/runtime_streams.h"
+#include "support/poisoned_memory.h"
 
 namespace mics::testing {
 
-// Keeps every tensor that was accessed, so that no address is used twice.
-class KeepingObserver final : public StreamObserver {
- public:
-  explicit KeepingObserver(std::shared_ptr<RaceDetector> detector)
-      : detector_(std::move(detector)) {}
-  std::shared_ptr<const void> on_record(const Stream& stream,
-                                        const std::shared_ptr<const void>& before) override {
-    return detector_->on_record(stream, before);
-  }
-  void on_wait(const Stream& stream, const std::shared_ptr<const void>& mark) override {
-    detector_->on_wait(stream, mark);
-  }
-  void on_synchronize(const Stream& /*stream*/) override {}  // only events order streams
-  void on_access(const Stream& stream, const at::Tensor& tensor, bool is_write,
-                 std::string_view operation, std::string_view unit) override {
-    kept_.push_back(tensor);
-    detector_->on_access(stream, tensor, is_write, operation, unit);
-  }
-  void on_enter(const Stream& stream) override { detector_->on_enter(stream); }
-  void on_leave() noexcept override { detector_->on_leave(); }
-
- private:
-  const std::shared_ptr<RaceDetector> detector_;
-  std::vector<at::Tensor> kept_;
-};
-
+// The latest one that lives is told of memory. While it lives, no other thread uses torch.
 class ScheduleRecorder {
  public:
+  ScheduleRecorder() {
+    PoisoningAllocator::watch([detector = detector_](void* data, size_t nbytes, bool is_given_out) {
+      const auto address = reinterpret_cast<uintptr_t>(data);
+      if (!is_given_out) return detector->free(address);
+      detector->allocate(address, static_cast<int64_t>(nbytes), std::nullopt);
+    });
+  }
+  ~ScheduleRecorder() { PoisoningAllocator::watch(nullptr); }
+  ScheduleRecorder(const ScheduleRecorder&) = delete;
+  ScheduleRecorder& operator=(const ScheduleRecorder&) = delete;
+
   [[nodiscard]] std::shared_ptr<RuntimeStreams> make_streams();
   // Moves no shard and no gradient; operations go into log().
   [[nodiscard]] std::unique_ptr<Communicator> make_communicator(GroupInfo group);
@@ -59,9 +48,9 @@ class ScheduleRecorder {
   [[nodiscard]] const FlightLog& log() const { return *log_; }
 
  private:
+  const PoisonedMemory memory_;
   const std::shared_ptr<RaceDetector> detector_ =
       std::make_shared<RaceDetector>(/*keeps_trace=*/true, /*throws=*/false);
-  const std::shared_ptr<KeepingObserver> observer_ = std::make_shared<KeepingObserver>(detector_);
   const std::shared_ptr<FlightLog> log_ = std::make_shared<FlightLog>(1 << 16);
 };
 
@@ -84,13 +73,14 @@ class RecordingCommunicator final : public Communicator {
 
 inline std::shared_ptr<RuntimeStreams> ScheduleRecorder::make_streams() {
   std::shared_ptr<RuntimeStreams> streams = make_inline_streams();
+  streams->frees_in_compute_order = true;  // as on a device
   const std::pair<Stream*, const char*> all[] = {
       {streams->compute.get(), "compute"},           {streams->gather_rail.get(), "gather_rail"},
       {streams->gather_intra.get(), "gather_intra"}, {streams->reduce_intra.get(), "reduce_intra"},
       {streams->reduce_rail.get(), "reduce_rail"},   {streams->replicate.get(), "replicate"}};
   for (const auto& [stream, name] : all) {
     detector_->add_stream(*stream, name, stream == streams->compute.get());
-    stream->set_observer(observer_);
+    stream->set_observer(detector_);
   }
   return streams;
 }
