@@ -5,8 +5,10 @@
 //           the call does not wait for it. Errors of queued work come out of the stream's events;
 //           on an inline stream they come out of the call.
 // Lifetime: tensors are held until the operation has run; the caller may drop its own references.
-// Sums:     in ascending rank order, in fp32 (fp64 for fp64, the type itself for integers), rounded
-//           once to the tensors' dtype. There is no average: scaling is the caller's, in fp32.
+// Sums:     local, shm, c10d: in ascending rank order, in fp32 (fp64 for fp64, the type itself for
+//           integers), rounded once to the tensors' dtype. nccl: in an order that its algorithm
+//           chooses, in the tensors' dtype, rounded at each addition; see sums_in_wire_dtype().
+//           There is no average: scaling is the caller's, in fp32.
 // Failures: with a flight log, a CommError or TimeoutError ends with what each rank was doing.
 // Traffic:  what the backend's algorithm sends and receives, by peer, split by node; see Traffic.
 //
@@ -128,6 +130,10 @@ class Communicator {
   // False: what comes from others is undefined, as with torch's fake process group, which is for
   // measuring the host's work.
   [[nodiscard]] virtual bool moves_data() const { return true; }
+
+  // A sum is rounded to the tensors' dtype at each addition, in an order that the backend chooses:
+  // in fp16 it may overflow where the mean does not.
+  [[nodiscard]] virtual bool sums_in_wire_dtype() const { return false; }
 
   // Returns when every member has called it.
   virtual void barrier() = 0;

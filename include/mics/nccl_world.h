@@ -8,14 +8,21 @@
 //   world->close(patience);                            // on every rank, before the process ends
 //
 // Launches: an operation is launched on the stream by the calling thread, one NCCL group for all
-// its pairs. All ranks launch in the same order over all communicators. At most `max_in_flight` are
-// in flight, kept by events between streams; the host never waits.
-// Sums: of NCCL, whose order depends on its algorithm; everything else is as communicator.h says.
+// its pairs. All ranks launch in the same order over all communicators. At most `max_in_flight` of a
+// direction are in flight, kept by events between streams; the host never waits.
+// Sums: of NCCL, in the tensors' dtype and in the order of its algorithm; everything else is as
+// communicator.h says.
 // Memory: tensors of an operation are released by a later call on the same communicator, on the
 // calling thread, once the operation is done.
+// Ends: destroying a communicator ends nothing, because ranks destroy theirs when they like and an
+// end is NCCL's on all. The next one of its name and members uses it again, once all members have
+// let go of it with nothing in flight. All end in close(), which every rank calls at the same point;
+// else, by abort, with the last of the world and its communicators.
 // Failures: an error of NCCL, or an operation that is overdue, ends all communicators of the rank,
 // and through the Store those of all ranks. The next launch or wait throws what went wrong, with the
-// table of all ranks where there is a flight log. The world cannot be used again.
+// table of all ranks where there is a flight log. The world cannot be used again. All are aborted in
+// one NCCL group where the library has that (2.22), and not before a launch on another thread has
+// left NCCL, unless it stays there longer than `launch_patience`.
 //
 // Thread safety: one thread at a time, close() included; the watchdog is a thread of its own.
 #pragma once
@@ -23,6 +30,8 @@
 #include <c10/util/intrusive_ptr.h>
 
 #include <chrono>
+#include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
@@ -51,6 +60,10 @@ struct NcclVersions {
 };
 [[nodiscard]] NcclVersions nccl_versions();
 
+// What a communicator carries. NcclOptions::max_in_flight counts each direction by itself.
+enum class NcclDirection { kGather, kReduce, kReplicate };
+inline constexpr size_t kNumDirections = 3;
+
 class NcclWorld {
  public:
   // With the libraries that torch has loaded. `store` is that of this session alone (a
@@ -68,10 +81,11 @@ class NcclWorld {
   NcclWorld& operator=(const NcclWorld&) = delete;
 
   // Every member calls it. Throws TimeoutError that names the members that did not, and CommError.
-  // The communicator may outlive the world. Destroying it before close() aborts it.
-  // `only_gathers`: it carries nothing else, so that NcclOptions::copy_engine can apply.
+  // The communicator may outlive the world. `only_gathers`: it carries nothing else, so that
+  // NcclOptions::copy_engine can apply.
   [[nodiscard]] virtual std::unique_ptr<Communicator> make_communicator(
-      GroupInfo group, bool only_gathers = false) = 0;
+      GroupInfo group, NcclDirection direction = NcclDirection::kGather,
+      bool only_gathers = false) = 0;
   // A stream of torch's pool.
   [[nodiscard]] virtual std::unique_ptr<Stream> make_stream(bool high_priority) = 0;
   // Whatever stream is torch's current one when it is used: the caller's compute.
@@ -81,6 +95,9 @@ class NcclWorld {
   // which they were made, and stops the watchdog. On a failure or a TimeoutError it aborts them and
   // throws. A second call does nothing.
   virtual void close(std::chrono::milliseconds patience) = 0;
+  // Memory of ncclMemAlloc that is not freed: what Communicator::allocate() gave. torch does not
+  // count it.
+  [[nodiscard]] virtual int64_t allocated_nbytes() const = 0;
   // Options that could not be honoured, and settings of the environment that cost speed; for the
   // start-up report.
   [[nodiscard]] virtual std::vector<std::string> notes() const = 0;

@@ -17,10 +17,12 @@
 #include <ATen/core/Tensor.h>
 
 #include <chrono>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 namespace mics {
 
@@ -96,6 +98,10 @@ class Stream {
     if (observer_ != nullptr) observer_->on_passed(event.mark_);
     return true;
   }
+  // Writes a few numbers of the host to `to` [values.size()], int64, in the order of this stream.
+  // The host does not wait for a device. The base is for streams that run work on the calling
+  // thread, or on torch's current stream.
+  virtual void write(const at::Tensor& to, const std::vector<int64_t>& values);
   // Blocks the calling thread until the stream is empty. Not for the hot path.
   // Throws: the exception of the first failed work since the stream was made or reset.
   void synchronize() {

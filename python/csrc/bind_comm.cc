@@ -99,6 +99,7 @@ void bind_comm(py::module_& module) {
       .def_property_readonly("size", [](const Communicator& self) { return self.group().size(); })
       .def_property_readonly("gathers_in_ring", &Communicator::gathers_in_ring)
       .def_property_readonly("reduces_in_ring", &Communicator::reduces_in_ring)
+      .def_property_readonly("sums_in_wire_dtype", &Communicator::sums_in_wire_dtype)
       .def_property_readonly("traffic", [](const Communicator& self) { return self.traffic(); })
       .def(
           "all_gather",

@@ -465,6 +465,8 @@ class Communicator:
     @property
     def reduces_in_ring(self) -> bool: ...
     @property
+    def sums_in_wire_dtype(self) -> bool: ...
+    @property
     def traffic(self) -> Traffic: ...
     def all_gather(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> None:
         """Gathers every member's inputs into the outputs, in rank order, as one launch."""
@@ -527,6 +529,13 @@ class NcclRegistration:
     BUFFERS: NcclRegistration
     WINDOWS: NcclRegistration
 
+class NcclDirection:
+    """What a communicator carries; the limit in flight counts each by itself."""
+
+    GATHER: NcclDirection
+    REDUCE: NcclDirection
+    REPLICATE: NcclDirection
+
 class NcclWorld:
     """This rank's NCCL communicators and CUDA streams, and the watchdog over them."""
 
@@ -543,6 +552,7 @@ class NcclWorld:
         copy_engine: bool,
         max_in_flight: int,
         max_ctas: int,
+        is_blocking: bool,
     ) -> None: ...
     def make_communicator(
         self,
@@ -551,6 +561,7 @@ class NcclWorld:
         world_ranks: Sequence[int],
         nodes: Sequence[int],
         rank: int,
+        direction: NcclDirection,
         only_gathers: bool,
     ) -> Communicator:
         """Every member calls it."""
@@ -558,6 +569,8 @@ class NcclWorld:
         """The runtime's streams on this device."""
     def close(self, patience: datetime.timedelta) -> None:
         """Waits for what is in flight and ends all communicators; before the process ends."""
+    @property
+    def allocated_nbytes(self) -> int: ...
     def notes(self) -> list[str]:
         """Options that could not be honoured."""
 

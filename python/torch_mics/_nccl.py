@@ -6,9 +6,8 @@ import atexit
 import datetime
 import logging
 import os
-import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -19,8 +18,10 @@ from torch_mics._backend import Backend, Made, Properties, Reasons, Roles, membe
 from torch_mics._exchange import check_same, operation_timeout
 from torch_mics._hosts import host
 
-# How long the end of the process waits for collectives in flight.
+# How long the end of a world waits for collectives in flight.
 _PATIENCE = datetime.timedelta(seconds=5)
+# The first NCCL that knows NCCL_LAUNCH_ORDER_IMPLICIT.
+_FIRST_LAUNCH_ORDER = 22600
 
 _log = logging.getLogger("torch_mics")
 
@@ -70,6 +71,7 @@ _OPTIONS: dict[str, tuple[str, str, Callable[[str], Any], str]] = {
     "MICS_NCCL_COPY_ENGINE": ("copy_engine", "0", {"0": False, "1": True}.__getitem__, "0 or 1"),
     "MICS_NCCL_MAX_IN_FLIGHT": ("max_in_flight", "4", _count, "a number, 0 for no limit"),
     "MICS_NCCL_MAX_CTAS": ("max_ctas", "0", _count, "a number, 0 for NCCL's choice"),
+    "MICS_NCCL_BLOCKING": ("is_blocking", "1", {"0": False, "1": True}.__getitem__, "0 or 1"),
 }
 
 
@@ -91,26 +93,61 @@ def options_from_environment() -> dict[str, Any]:
     return options
 
 
+def order_launches(version: int) -> None:
+    """Lets NCCL keep the order of launches of several communicators on the device, unless the user decides.
+
+    NCCL reads the variable once, at the first launch of the process.
+    """
+    if version >= _FIRST_LAUNCH_ORDER:
+        os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
+
+
+def nbytes_outside_torch(world: _C.NcclWorld) -> int:
+    """Gives the memory in use on the current device that torch does not count, nor the runtime's plan.
+
+    Communicators of NCCL, the CUDA context, and what other processes use.
+    """
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved() - world.allocated_nbytes
+
+
+_DIRECTIONS = {"reduce": _C.NcclDirection.REDUCE, "replicate": _C.NcclDirection.REPLICATE}
+
+
+def direction_of(role: str) -> _C.NcclDirection:
+    """Gives the direction of a role; "control" sums on a stream of gathers, and counts with them."""
+    return _DIRECTIONS.get(role.partition("/")[0], _C.NcclDirection.GATHER)
+
+
 class Nccl(Backend):
-    """NCCL for GPUs. All communicators of a rank come from one world, which its users keep alive."""
+    """NCCL for GPUs. All communicators of a rank come from one world.
+
+    The world lives until every rank makes that of a later session, or until the process ends, whenever
+    models are collected: communicators end at points that all ranks share.
+    """
 
     name = "nccl"
-    properties = Properties("NCCL's, by algorithm", "NCCL's", registers_memory=True)
+    properties = Properties(
+        "NCCL's, by algorithm", "that of the dtype sent, at each addition", registers_memory=True
+    )
+    _living: ClassVar[list[Nccl]] = []  # that have a world
 
     def __init__(self) -> None:
-        self._world: weakref.ref[_C.NcclWorld] | None = None
+        self._world: _C.NcclWorld | None = None
 
     def world(self) -> _C.NcclWorld:
-        """Gives this rank's world on torch's current device, for the caller to keep. Collective when new.
+        """Gives this rank's world on torch's current device. Collective when new.
 
         Raises:
             ValueError: on every rank: ranks share a GPU, or differ in the version of NCCL or in its
                 options.
         """
-        found = self._world() if self._world is not None else None
-        if found is not None:
-            return found
+        if self._world is not None:
+            return self._world
         options = options_from_environment()
+        for earlier in list(self._living):  # of sessions that have ended
+            earlier.close()
+        order_launches(_C.nccl_versions().library)
         rank = dist.get_rank()
         store = distributed_c10d._get_default_store()
         # Ranks make their worlds in the same order, so the number is the same on all.
@@ -124,7 +161,8 @@ class Nccl(Backend):
             timeout=operation_timeout(),
             **options,
         )
-        self._world = weakref.ref(world)
+        self._world = world
+        self._living.append(self)
         # The watchdog's thread must not outlive the libraries that it calls.
         atexit.register(self.close)
         return world
@@ -133,7 +171,9 @@ class Nccl(Backend):
         world = self.world()
         made = {
             role: world.make_communicator(
-                **membership(role, groups, topology), only_gathers=role == "gather/intra"
+                **membership(role, groups, topology),
+                direction=direction_of(role),
+                only_gathers=role == "gather/intra",
             )
             for role, groups in roles.items()
         }
@@ -143,9 +183,13 @@ class Nccl(Backend):
         return f"{self.name} {version_text(_C.nccl_versions().library)}"
 
     def close(self) -> None:
-        world = self._world() if self._world is not None else None
+        """Ends the communicators of the world, which cannot be used again. Nothing when there is none."""
+        world, self._world = self._world, None
         if world is None:
             return
+        atexit.unregister(self.close)
+        if self in self._living:
+            self._living.remove(self)
         try:
             world.close(_PATIENCE)
         except RuntimeError as error:

@@ -1,5 +1,8 @@
 #include "mics/stream.h"
 
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -220,6 +223,17 @@ void Stream::enqueue(std::function<void()> work) {
     const ObservedScope scope(*observer, *this);
     work();
   });
+}
+
+void Stream::write(const at::Tensor& to, const std::vector<int64_t>& values) {
+  const auto numel = static_cast<int64_t>(values.size());
+  const bool is_on_host = to.device().is_cpu();
+  // From pinned memory, which torch keeps until it is read.
+  const at::Tensor from =
+      is_on_host ? to
+                 : at::empty({numel}, at::TensorOptions().dtype(at::kLong).pinned_memory(true));
+  std::copy(values.begin(), values.end(), from.mutable_data_ptr<int64_t>());
+  if (!is_on_host) to.copy_(from, /*non_blocking=*/true);
 }
 
 std::unique_ptr<Stream> make_inline_stream() { return std::make_unique<InlineStream>(); }

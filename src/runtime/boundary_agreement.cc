@@ -1,7 +1,5 @@
 #include "runtime/boundary_agreement.h"
 
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
 #include <string>
 
@@ -37,15 +35,10 @@ std::vector<bool> BoundaryAgreement::sum(const std::vector<bool>& used, const at
   streams_.compute->wait(*summed_);  // of the last boundary
   const auto numel = kNumWords + static_cast<int64_t>(used.size());
   const at::Tensor flags = memory.narrow(0, 0, numel);
-  // The control group sends from the device of the shards.
-  const bool is_on_host = flags.device().is_cpu();
-  const auto pinned = at::TensorOptions().dtype(at::kLong).pinned_memory(true);
-  at::Tensor on_host = is_on_host ? flags : at::empty({numel}, pinned);
-  auto* words = on_host.mutable_data_ptr<int64_t>();
-  digest_.write(words);
-  std::copy(used.begin(), used.end(), words + kNumWords);
-  // From pinned memory, which torch keeps until it is read: the host does not wait.
-  if (!is_on_host) flags.copy_(on_host, /*non_blocking=*/true);
+  std::vector<int64_t> words(static_cast<size_t>(numel));
+  digest_.write(words.data());
+  std::copy(used.begin(), used.end(), words.begin() + kNumWords);
+  streams_.compute->write(flags, words);
   streams_.compute->note_write(flags, "flags of a boundary");
   streams_.compute->record(*written_);
   streams_.gather_rail->wait(*written_);
@@ -55,7 +48,7 @@ std::vector<bool> BoundaryAgreement::sum(const std::vector<bool>& used, const at
   if (std::find(used.begin(), used.end(), false) == used.end()) return used;
   streams_.compute->wait(*summed_);
   streams_.compute->note_read(flags, "flags of a boundary");
-  on_host = flags.to(at::kCPU);
+  const at::Tensor on_host = flags.to(at::kCPU);
   const auto* flag = on_host.const_data_ptr<int64_t>() + kNumWords;
   std::vector<bool> used_anywhere(used.size());
   std::transform(flag, flag + used.size(), used_anywhere.begin(),

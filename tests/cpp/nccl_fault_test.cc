@@ -197,8 +197,8 @@ TEST(NcclFault, FailureOfAnotherRankEndsACloseThatWaits) {
   });
   EXPECT_LT(std::chrono::steady_clock::now() - begin, kMargin);
   EXPECT_TRUE(has(errors[0],
-                  "was aborted while it was closed: something has failed meanwhile (group test "
-                  "[0], world_rank=0)"))
+                  "a communicator was aborted during ncclCommFinalize: something has failed "
+                  "meanwhile (group test [0], world_rank=0)"))
       << errors[0];
   EXPECT_TRUE(has(errors[1], "NCCL reported an error")) << errors[1];
 }

@@ -211,8 +211,8 @@ TEST(NcclMemory, OptionsThatDifferAreNamedOnEveryRank) {
   ranks.options(2).registration = kBuffers;
   for (const std::string& error : errors_of(3, [&](int rank) { (void)ranks.make_world(rank); })) {
     EXPECT_TRUE(has(error,
-                    "registration=buffers copy_engine=0 max_in_flight=4 max_ctas=0 on "
-                    "world_rank 2"))
+                    "registration=buffers copy_engine=0 max_in_flight=4 max_ctas=0 "
+                    "blocking=1 on world_rank 2"))
         << error;
   }
 }

@@ -16,6 +16,7 @@ namespace {
 
 using testing::Case;
 using testing::expect_bitwise_equal;
+using testing::FakeCuda;
 using testing::kMicroSteps;
 using testing::kNumLayers;
 using testing::NcclRanks;
@@ -141,9 +142,10 @@ TEST(NcclBudget, NothingIsMadeAndTheHostWaitsForNothing) {
        {Case{"", {1, 4, 4, false}, {}}, Case{"", {2, 2, 4, true}, {}},
         Case{"", {2, 2, 2, false}, {}}, Case{"", {2, 2, 4, true}, {kFull, kFull, kShard}}}) {
     const Step step = count_step(what);
-    for (const char* call : {"stream_query", "pool_stream", "comm_split"}) {
+    for (const char* call : {"stream_query", "synchronisation", "pool_stream", "comm_split"}) {
       EXPECT_EQ(step.others.count(call), 0U) << call;
     }
+    EXPECT_EQ(step.others.at("copy_from_host"), 1);  // the flags of the boundary
   }
 }
 
@@ -151,11 +153,58 @@ TEST(NcclBudget, NothingIsMadeAndTheHostWaitsForNothing) {
 TEST(NcclBudget, LimitOfOperationsUnderWayAddsEdgesOnly) {
   const Case what{"", {2, 2, 4, true}, {}};
   const Step free = count_step(what);
-  const Step limited = count_step(what, 4);
+  const Step limited = count_step(what, 1);
   EXPECT_EQ(limited.calls.launches, free.calls.launches);
   EXPECT_EQ(limited.calls.records, free.calls.records);
   EXPECT_GT(limited.calls.waits, free.calls.waits);
   EXPECT_LE(limited.calls.waits, free.calls.waits + free.calls.launches);
+}
+
+// Edges of rank 0 in a step, by the streams of record and wait.
+std::map<FakeCuda::Edge, int> edges_of_step(const Case& what, int max_in_flight) {
+  std::map<FakeCuda::Edge, int> edges;
+  NcclRanks ranks(what.world.size());
+  run_ranks(what.world.size(), [&](int rank) {
+    ranks.options(rank).max_in_flight = max_in_flight;
+    Rank one(ranks, what, rank);
+    train(one.model(), rank, 1);
+    (void)ranks.cuda(rank).take_edges();
+    train(one.model(), rank, 1);
+    if (rank == 0) edges = ranks.cuda(0).take_edges();
+  });
+  return edges;
+}
+
+// Streams as make_streams() makes them. A gather that waited for a reduction, or for the sum over
+// replicas at a boundary, would hold up compute.
+TEST(NcclBudget, LimitJoinsNoTwoDirections) {
+  const std::vector<std::vector<int>> directions = {{0, 1}, {2, 3}, {4}};
+  const auto direction_of = [&](int stream) {
+    for (size_t i = 0; i < directions.size(); ++i) {
+      for (const int other : directions[i]) {
+        if (other == stream) return static_cast<int>(i);
+      }
+    }
+    return -1;
+  };
+  for (const Case& what :
+       {Case{"", {4, 2, 4, true}, {}}, Case{"", {2, 2, 2, false}, {}}}) {  // both with replicas
+    const auto free = edges_of_step(what, 0);
+    auto limited = edges_of_step(what, 1);
+    int num_added = 0;
+    for (const auto& [edge, count] : limited) {
+      const auto found = free.find(edge);
+      const int added = count - (found == free.end() ? 0 : found->second);
+      if (direction_of(edge.first) == direction_of(edge.second)) {
+        num_added += added;
+      } else {
+        EXPECT_EQ(added, 0) << "from stream " << edge.first << " to " << edge.second;
+      }
+    }
+    if (what.world.hierarchical) {
+      EXPECT_GT(num_added, 0);
+    }
+  }
 }
 
 // --- the bits ------------------------------------------------------------------------------------

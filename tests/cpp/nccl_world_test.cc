@@ -133,8 +133,8 @@ TEST(NcclStart, SecondCommunicatorOfTheSameMembersIsSplit) {
   }
 }
 
-// Members let go of theirs at other times; what one alone has left is no parent.
-TEST(NcclStart, SplitIsFromACommunicatorThatAllMembersStillHave) {
+// A member's letting go ends nothing: the others may still split theirs.
+TEST(NcclStart, SplitMayBeFromACommunicatorThatAMemberHasLetGoOf) {
   NcclRanks ranks(2);
   const auto errors = errors_of(2, [&](int rank) {
     ranks.options(rank).is_blocking = false;  // a mismatch must not hang
@@ -148,7 +148,7 @@ TEST(NcclStart, SplitIsFromACommunicatorThatAllMembersStillHave) {
     second->all_reduce(tensor, *stream);
     stream->synchronize();
     EXPECT_EQ(tensor.item<float>(), 2.0F);
-    EXPECT_EQ(ranks.nccl(rank).take_counts()["comm_split"], 0);
+    EXPECT_EQ(ranks.nccl(rank).take_counts()["comm_split"], 1);
     first.reset();
     world->close(std::chrono::seconds(30));
   });
@@ -244,6 +244,25 @@ TEST(NcclUse, TensorsOfAnotherDeviceAreRefusedBeforeAnythingIsQueued) {
   EXPECT_THROW(communicator->all_reduce(elsewhere, *stream), InvalidArgument);
   EXPECT_EQ(communicator->traffic().calls, 0);
   world->close(std::chrono::seconds(30));
+}
+
+// As communicator.h says of it. In bf16 256 + 1 is 256; in fp16 80000 is infinite.
+TEST(NcclUse, SumsAreRoundedToTheDtypeOfTheWireAtEachAddition) {
+  NcclRanks ranks(4);
+  run_ranks(4, [&](int rank) {
+    const auto world = ranks.make_world(rank);
+    const auto communicator = world->make_communicator(group_of({0, 1, 2, 3}, rank));
+    EXPECT_TRUE(communicator->sums_in_wire_dtype());
+    const auto stream = world->make_stream(false);
+    const at::Tensor bf16 = at::full({1}, rank == 0 ? 256.0 : 1.0, at::kBFloat16);
+    communicator->all_reduce(bf16, *stream);
+    const at::Tensor fp16 = at::full({1}, rank < 2 ? 40000.0 : -20000.0, at::kHalf);
+    communicator->all_reduce(fp16, *stream);
+    stream->synchronize();
+    EXPECT_EQ(bf16.to(at::kFloat).item<float>(), 256.0F);
+    EXPECT_TRUE(at::isinf(fp16).item<bool>());  // though the sum is 40000
+    world->close(std::chrono::seconds(30));
+  });
 }
 
 TEST(NcclUse, BytesAreCountedAsRings) {

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import os
-import weakref
 from typing import Any
 from unittest import mock
 
@@ -74,15 +74,28 @@ def _differing(rank: int) -> str:
 
 
 def test_what_is_asked_of_nccl_comes_from_the_environment():
-    usual = {"registration": "NONE", "copy_engine": False, "max_in_flight": 4, "max_ctas": 0}
+    usual = {
+        "registration": "NONE",
+        "copy_engine": False,
+        "max_in_flight": 4,
+        "max_ctas": 0,
+        "is_blocking": True,
+    }
     assert run_ranks(2, _options, {}) == [usual] * 2
     asked = {
         "MICS_NCCL_REGISTRATION": "windows",
         "MICS_NCCL_COPY_ENGINE": "1",
         "MICS_NCCL_MAX_IN_FLIGHT": "0",
         "MICS_NCCL_MAX_CTAS": "8",
+        "MICS_NCCL_BLOCKING": "0",
     }
-    wanted = {"registration": "WINDOWS", "copy_engine": True, "max_in_flight": 0, "max_ctas": 8}
+    wanted = {
+        "registration": "WINDOWS",
+        "copy_engine": True,
+        "max_in_flight": 0,
+        "max_ctas": 8,
+        "is_blocking": False,
+    }
     assert run_ranks(2, _options, asked) == [wanted] * 2
 
 
@@ -100,6 +113,7 @@ def test_ranks_that_ask_for_other_things_are_named_on_every_rank():
         ("MICS_NCCL_COPY_ENGINE", "yes"),
         ("MICS_NCCL_MAX_IN_FLIGHT", "-1"),
         ("MICS_NCCL_MAX_CTAS", "many"),
+        ("MICS_NCCL_BLOCKING", "no"),
     ],
 )
 def test_values_that_nothing_knows_are_refused(variable: str, value: str):
@@ -120,9 +134,11 @@ class StandIn:
         world_ranks: list[int],
         nodes: list[int],
         rank: int,
+        direction: _C.NcclDirection,
         only_gathers: bool,
     ) -> Any:
         assert only_gathers == (name == "gather/intra")
+        assert direction.name.lower() == {"control": "gather"}.get(name, name.partition("/")[0])
         self.made.append((name, world_ranks, rank))
         return _C.make_c10d_communicator(
             dist.new_group(world_ranks, use_local_synchronization=True),
@@ -186,9 +202,63 @@ class Closing:
 def test_the_end_of_the_process_closes_the_world_and_raises_nothing(error: Exception | None):
     world: Any = Closing(error)
     nccl = _nccl.Nccl()
-    nccl._world = weakref.ref(world)
+    nccl._world = world
     nccl.close()
     assert len(world.closed) == 1
+    nccl.close()
+    assert len(world.closed) == 1
+
+
+def test_a_world_outlives_the_models_and_ends_when_a_later_session_makes_its_own():
+    """Not when Python collects the last model of a rank."""
+    made: list[Closing] = []
+
+    def make(*_: Any, **__: Any) -> Any:
+        made.append(Closing(None))
+        return made[-1]
+
+    with (
+        mock.patch.object(_C, "NcclWorld", make),
+        mock.patch.object(_nccl, "options_from_environment", return_value={}),
+        mock.patch.object(_nccl, "operation_timeout", return_value=None),
+        mock.patch.object(torch.cuda, "current_device", return_value=0),
+        mock.patch.object(dist, "get_rank", return_value=0),
+        mock.patch.object(dist, "get_world_size", return_value=1),
+        mock.patch.object(
+            dist.distributed_c10d, "_get_default_store", return_value=dist.HashStore()
+        ),
+        mock.patch.dict(os.environ),
+    ):
+        first, second = _nccl.Nccl(), _nccl.Nccl()
+        assert first.world() is first.world()
+        gc.collect()
+        assert made[0].closed == []
+        second.world()
+        assert [len(world.closed) for world in made] == [1, 0]
+        second.close()
+        assert [len(world.closed) for world in made] == [1, 1]
+    assert _nccl.Nccl._living == []
+
+
+@pytest.mark.parametrize(
+    ("version", "asked", "set_to"), [(22600, None, "1"), (22809, "0", "0"), (22502, None, None)]
+)
+def test_launches_are_ordered_unless_the_user_decides(version: int, asked, set_to):
+    name = "NCCL_LAUNCH_ORDER_IMPLICIT"
+    with mock.patch.dict(os.environ, {} if asked is None else {name: asked}):
+        if asked is None:
+            os.environ.pop(name, None)
+        _nccl.order_launches(version)
+        assert os.environ.get(name) == set_to
+
+
+def test_memory_outside_torch_leaves_out_what_torch_and_the_plan_count():
+    world: Any = mock.Mock(allocated_nbytes=100)
+    with (
+        mock.patch.object(torch.cuda, "mem_get_info", return_value=(5000, 10000)),
+        mock.patch.object(torch.cuda, "memory_reserved", return_value=3000),
+    ):
+        assert _nccl.nbytes_outside_torch(world) == 1900
 
 
 def _timeout(rank: int) -> float:

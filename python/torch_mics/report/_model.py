@@ -11,6 +11,7 @@ from torch_mics._context import Context, contexts_of
 from torch_mics._groups import traffic_of
 from torch_mics._hooks import ensure_context
 from torch_mics._module import sharded_module, sharded_unit
+from torch_mics._nccl import nbytes_outside_torch
 from torch_mics._unit import units_of
 from torch_mics.report._startup import carried, startup_report
 
@@ -35,15 +36,22 @@ def memory(model: nn.Module) -> dict[str, int]:
     hand, or sums of gradients beside a `.grad` that is kept. (Its key was "beside the plan", which still
     works, with a warning.)
 
+    With NCCL "outside torch" has what is in use on the device now and is neither torch's nor planned:
+    NCCL's communicators, the CUDA context, and other processes.
+
     Collective before the first forward.
     """
     totals = _Memory()
-    for context in _contexts(model, "memory"):
+    contexts = _contexts(model, "memory")
+    for context in contexts:
         planned = context.engine.memory()
         for part in planned.parts:
             totals[part.name] = totals.get(part.name, 0) + part.nbytes
         sums = context.engine.unplanned_sum_nbytes()
         totals["unplanned"] = totals.pop("unplanned", 0) + planned.grown_nbytes + sums
+    worlds = [context.nccl_world for context in contexts if context.nccl_world is not None]
+    if worlds and contexts[0].root_unit.shard.is_cuda:
+        totals["outside torch"] = nbytes_outside_torch(worlds[0])
     return totals
 
 

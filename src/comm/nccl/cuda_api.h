@@ -5,6 +5,7 @@
 // Thread safety: any thread.
 #pragma once
 
+#include <ATen/core/Tensor.h>
 #include <c10/core/Device.h>
 #include <cuda_runtime_api.h>
 
@@ -47,6 +48,13 @@ class CudaApi {
   [[nodiscard]] virtual cudaStream_t pool_stream(int device, bool high_priority) = 0;
   // Runs `work`, whose kernels go to `stream`.
   virtual void run(cudaStream_t stream, int device, const std::function<void()>& work) = 0;
+  // Pinned memory of the host, [nbytes] bytes. When its last tensor is gone it is used again, but
+  // not before the copies from it are over.
+  [[nodiscard]] virtual at::Tensor allocate_pinned(int64_t nbytes) = 0;
+  // Copies memory of the host to the device, in the order of `stream`. The host waits for the copy
+  // when `from` is not pinned.
+  virtual void copy_from_host(const at::Tensor& to, const at::Tensor& from, cudaStream_t stream,
+                              int device) = 0;
 };
 
 // The runtime that torch has loaded, else libcudart by name. Throws Error when there is none.

@@ -87,6 +87,13 @@ void CudaStream::do_wait(const Event& event) {
              "cudaStreamWaitEvent");
 }
 
+void CudaStream::write(const at::Tensor& to, const std::vector<int64_t>& values) {
+  const auto nbytes = static_cast<int64_t>(values.size() * sizeof(int64_t));
+  const at::Tensor pinned = context_->cuda->allocate_pinned(nbytes).view(at::kLong);
+  std::copy(values.begin(), values.end(), pinned.mutable_data_ptr<int64_t>());
+  context_->cuda->copy_from_host(to, pinned, handle(), context_->device);
+}
+
 void CudaStream::do_synchronize() {
   const cudaError_t result = poll([this] { return context_->cuda->stream_query(handle()); },
                                   [this] { return context_->failure->is_set(); });

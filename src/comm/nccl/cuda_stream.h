@@ -2,7 +2,9 @@
 // only in synchronize(), where it polls the device, so that a failure of the world ends the wait.
 #pragma once
 
+#include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "comm/nccl/cuda_api.h"
 #include "comm/nccl/event_pool.h"
@@ -28,6 +30,8 @@ class CudaStream final : public Stream {
   [[nodiscard]] cudaStream_t handle() const;
 
   std::unique_ptr<Event> make_event() override;
+  // Through pinned memory: the host does not wait.
+  void write(const at::Tensor& to, const std::vector<int64_t>& values) override;
   bool has_failed() const override { return context_->failure->is_set(); }
   [[nodiscard]] const void* native_handle() const override { return handle(); }
 

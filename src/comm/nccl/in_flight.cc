@@ -65,6 +65,12 @@ void InFlight::drain(TimePoint deadline) {
   }
 }
 
+bool InFlight::is_idle() {
+  reclaim();
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return operations_.empty();
+}
+
 bool InFlight::is_unused() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   return is_unused_;

@@ -53,6 +53,8 @@ class InFlight {
   // Returns when all are done and freed. Throws the world's failure, or at `deadline` TimeoutError
   // with the oldest operation.
   void drain(TimePoint deadline);
+  // reclaim(), and whether nothing is left.
+  [[nodiscard]] bool is_idle();
   // No operation has ever begun.
   [[nodiscard]] bool is_unused() const;
   // Of the newest operation; may be null.

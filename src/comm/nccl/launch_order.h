@@ -1,6 +1,7 @@
-// LaunchOrder: bounds the operations of a rank in flight, over all communicators, by edges on the
-// device in the order of launch. Too many at once could hold all SMs while each waits for a peer
-// whose kernel finds no free one.
+// LaunchOrder: bounds the operations of a rank in flight, over the communicators of one direction, by
+// edges on the device in the order of launch. Too many at once could hold all SMs while each waits
+// for a peer whose kernel finds no free one. No edge joins two directions: a gather, which compute
+// waits for, would wait for a replicas' sum, which nothing waits for until the step's end.
 //
 // Thread safety: one thread at a time.
 #pragma once

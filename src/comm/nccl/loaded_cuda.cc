@@ -1,3 +1,4 @@
+#include <ATen/ops/empty.h>
 #include <c10/core/Stream.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -72,6 +73,13 @@ class LoadedCuda final : public CudaApi {
     if (stream == current_stream(device)) return work();
     const c10::StreamGuard on(pool_stream_of(stream));
     work();
+  }
+  at::Tensor allocate_pinned(int64_t nbytes) override {
+    return at::empty({nbytes}, at::TensorOptions().dtype(at::kByte).pinned_memory(true));
+  }
+  void copy_from_host(const at::Tensor& to, const at::Tensor& from, cudaStream_t stream,
+                      int device) override {
+    run(stream, device, [&] { to.copy_(from, /*non_blocking=*/true); });
   }
 
  private:

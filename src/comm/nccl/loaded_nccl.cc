@@ -5,6 +5,7 @@ namespace mics {
 
 namespace {
 
+constexpr int kFirstGroupAbort = 22200;
 constexpr int kFirstWindows = 22807;
 constexpr int kSymmetric = 1;  // NCCL_WIN_COLL_SYMMETRIC, which older headers lack
 
@@ -51,6 +52,7 @@ class LoadedNccl final : public NcclApi {
   ncclResult_t comm_finalize(ncclComm_t comm) override { return comm_finalize_(comm); }
   ncclResult_t comm_destroy(ncclComm_t comm) override { return comm_destroy_(comm); }
   ncclResult_t comm_abort(ncclComm_t comm) override { return comm_abort_(comm); }
+  bool has_group_abort() const override { return is_from(kFirstGroupAbort); }
   ncclResult_t group_start() override { return group_start_(); }
   ncclResult_t group_end() override { return group_end_(); }
   ncclResult_t all_gather(const void* send, void* receive, size_t send_count, ncclDataType_t type,
@@ -80,10 +82,8 @@ class LoadedNccl final : public NcclApi {
     return comm_deregister_(comm, handle);
   }
   bool has_windows() const override {
-    int version = 0;
     return has_registration() && comm_window_register_ != nullptr &&
-           comm_window_deregister_ != nullptr && get_version_(&version) == ncclSuccess &&
-           version >= kFirstWindows;
+           comm_window_deregister_ != nullptr && is_from(kFirstWindows);
   }
   ncclResult_t comm_window_register(ncclComm_t comm, void* memory, size_t nbytes,
                                     void** window) override {
@@ -99,6 +99,12 @@ class LoadedNccl final : public NcclApi {
   }
 
  private:
+  // The library is of `version` or newer.
+  [[nodiscard]] bool is_from(int version) const {
+    int loaded = 0;
+    return get_version_(&loaded) == ncclSuccess && loaded >= version;
+  }
+
   const Library library_;
   decltype(&ncclGetVersion) get_version_ = nullptr;
   decltype(&ncclGetUniqueId) get_unique_id_ = nullptr;

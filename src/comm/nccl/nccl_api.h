@@ -2,7 +2,8 @@
 // has loaded (load_nccl), or a fake in tests. One build runs with and without NCCL.
 //
 // Only src/comm/nccl includes this header. Names are those of NCCL without `nccl`.
-// Thread safety: any thread, but one at a time per communicator; comm_abort from any.
+// Thread safety: any thread, but one at a time per communicator; comm_abort from any. A group is one
+// thread's.
 #pragma once
 
 #include <nccl.h>
@@ -30,6 +31,9 @@ class NcclApi {
   [[nodiscard]] virtual ncclResult_t comm_finalize(ncclComm_t comm) = 0;
   [[nodiscard]] virtual ncclResult_t comm_destroy(ncclComm_t comm) = 0;
   [[nodiscard]] virtual ncclResult_t comm_abort(ncclComm_t comm) = 0;
+  // Aborts in one group end together. False: the library is older than 2.22, where each may wait
+  // for the device, and so for a collective of a communicator that is still to be aborted.
+  [[nodiscard]] virtual bool has_group_abort() const = 0;
 
   [[nodiscard]] virtual ncclResult_t group_start() = 0;
   [[nodiscard]] virtual ncclResult_t group_end() = 0;

@@ -44,8 +44,13 @@ NcclCommunicator::NcclCommunicator(GroupInfo group, Shared shared,
       in_flight_(std::move(in_flight)),
       process_(getpid()) {}
 
+// Tensors of finished operations go with their user.
 NcclCommunicator::~NcclCommunicator() {
-  if (process_ == getpid()) handle_->abort();
+  if (process_ != getpid()) return;
+  try {
+    release_finished();
+  } catch (const Error&) {  // of the device: whoever waits for it next is told
+  }
 }
 
 void NcclCommunicator::check_process() const {
@@ -72,19 +77,7 @@ void NcclCommunicator::submit(Stream& stream, std::string_view op, std::string_v
   try {
     in_flight_->reclaim();
     operation = &in_flight_->begin(describe(op, unit, nbytes, std::move(work)));
-    stream_ = cuda_stream_of(stream).handle();
-    comm_ = handle_->get();
-    context.failure->rethrow_if_set();  // a failure may have aborted comm_ before it was read
-    if (comm_ == nullptr) {
-      throw CommError("a communicator must not be used after close(): got " + operation->what +
-                      " (" + handle_->where() + ").");
-    }
-    shared_.order->order(*context.cuda, stream_);
-    check_cuda(*context.cuda, context.cuda->event_record(operation->start.get(), stream_),
-               "cudaEventRecord");
-    operation->work();
-    check_cuda(*context.cuda, context.cuda->event_record(operation->end.get(), stream_),
-               "cudaEventRecord");
+    launch_on(stream, *operation);
   } catch (...) {
     if (log != nullptr && operation != nullptr) log->fail(operation->log_id);
     // Its peers wait for it, so the world ends. Throws the first failure, which may be another one.
@@ -93,6 +86,24 @@ void NcclCommunicator::submit(Stream& stream, std::string_view op, std::string_v
   }
   shared_.order->note(stream_, operation->end);
   in_flight_->launched(*operation);
+}
+
+void NcclCommunicator::launch_on(Stream& stream, LaunchedOperation& operation) {
+  const CudaContext& context = *shared_.context;
+  const NcclHandle::Use use(*handle_);  // no abort until the launch is over
+  comm_ = use.comm();
+  context.failure->rethrow_if_set();  // a failure may have ended it before it was read
+  if (comm_ == nullptr) {
+    throw CommError("a communicator must not be used after close(): got " + operation.what + " (" +
+                    handle_->where() + ").");
+  }
+  stream_ = cuda_stream_of(stream).handle();
+  shared_.order->order(*context.cuda, stream_);
+  check_cuda(*context.cuda, context.cuda->event_record(operation.start.get(), stream_),
+             "cudaEventRecord");
+  operation.work();
+  check_cuda(*context.cuda, context.cuda->event_record(operation.end.get(), stream_),
+             "cudaEventRecord");
 }
 
 LaunchedOperation NcclCommunicator::describe(std::string_view op, std::string_view unit,
@@ -112,8 +123,7 @@ LaunchedOperation NcclCommunicator::describe(std::string_view op, std::string_vi
 
 void NcclCommunicator::check(ncclResult_t result, const char* call) {
   if (result == ncclSuccess) return;
-  finish_call(*shared_.nccl, result, comm_, call, handle_->where(),
-              std::chrono::steady_clock::now() + shared_.timeout);
+  handle_->finish(result, call, std::chrono::steady_clock::now() + shared_.timeout);
 }
 
 template <typename Call>

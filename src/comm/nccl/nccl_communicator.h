@@ -30,8 +30,11 @@ class NcclCommunicator final : public Communicator {
   };
   NcclCommunicator(GroupInfo group, Shared shared, std::shared_ptr<NcclHandle> handle,
                    std::shared_ptr<InFlight> in_flight);
-  // Aborts what has not been closed.
+  // Ends nothing: see NcclWorld.
   ~NcclCommunicator() override;
+  // Gone when this is.
+  [[nodiscard]] std::weak_ptr<void> life() const { return life_; }
+  bool sums_in_wire_dtype() const override { return true; }
 
   void barrier() override;
   // Does nothing once the world has failed: polling the device would throw.
@@ -60,6 +63,8 @@ class NcclCommunicator final : public Communicator {
   void launch(const std::vector<TensorPair>& pairs, const char* name, const Call& call);
   [[nodiscard]] LaunchedOperation describe(std::string_view op, std::string_view unit,
                                            int64_t nbytes, std::function<void()> work);
+  // Throws CommError when it cannot.
+  void launch_on(Stream& stream, LaunchedOperation& operation);
   void check(ncclResult_t result, const char* call);
   void check_process() const;
 
@@ -67,6 +72,7 @@ class NcclCommunicator final : public Communicator {
   const std::shared_ptr<NcclHandle> handle_;
   const std::shared_ptr<InFlight> in_flight_;
   const int process_;  // that made it: communicators do not survive a fork
+  const std::shared_ptr<void> life_ = std::make_shared<int>(0);
   int64_t num_launched_ = 0;
   ncclComm_t comm_ = nullptr;      // of the current launch
   cudaStream_t stream_ = nullptr;  // of the current launch

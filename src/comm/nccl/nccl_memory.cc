@@ -29,9 +29,14 @@ at::Tensor NcclMemory::allocate(int64_t nbytes) {
   void* memory = nullptr;
   finish_call(*nccl_, nccl_->mem_alloc(&memory, static_cast<size_t>(nbytes)), nullptr,
               "ncclMemAlloc", where_, std::chrono::steady_clock::now() + timeout_);
+  *allocated_nbytes_ += nbytes;
   const c10::Device device = context_->cuda->tensor_device(context_->device);
   return at::from_blob(
-      memory, {nbytes}, [nccl = nccl_](void* freed) { (void)nccl->mem_free(freed); },
+      memory, {nbytes},
+      [nccl = nccl_, total = allocated_nbytes_, nbytes](void* freed) {
+        (void)nccl->mem_free(freed);
+        *total -= nbytes;
+      },
       at::TensorOptions().dtype(at::kByte).device(device));
 }
 
@@ -39,24 +44,28 @@ std::shared_ptr<void> NcclMemory::register_with(const std::shared_ptr<NcclHandle
                                                 const at::Tensor& memory) {
   if (used_ == NcclRegistration::kNone) return nullptr;
   const bool is_window = used_ == NcclRegistration::kWindows;
-  ncclComm_t comm = handle->get();
-  MICS_INTERNAL_CHECK(comm != nullptr, "memory is registered with a communicator that has ended.");
   const auto nbytes = static_cast<size_t>(memory.nbytes());
   void*& registered = registered_.emplace_back(nullptr);
-  const ncclResult_t result =
-      is_window ? nccl_->comm_window_register(comm, memory.mutable_data_ptr(), nbytes, &registered)
-                : nccl_->comm_register(comm, memory.mutable_data_ptr(), nbytes, &registered);
-  finish_call(*nccl_, result, comm, is_window ? "ncclCommWindowRegister" : "ncclCommRegister",
-              handle->where(), std::chrono::steady_clock::now() + timeout_);
+  {
+    const NcclHandle::Use use(*handle);
+    MICS_INTERNAL_CHECK(use.comm() != nullptr,
+                        "memory is registered with a communicator that has ended.");
+    void* const data = memory.mutable_data_ptr();
+    const ncclResult_t result =
+        is_window ? nccl_->comm_window_register(use.comm(), data, nbytes, &registered)
+                  : nccl_->comm_register(use.comm(), data, nbytes, &registered);
+    handle->finish(result, is_window ? "ncclCommWindowRegister" : "ncclCommRegister",
+                   std::chrono::steady_clock::now() + timeout_);
+  }
   if (registered == nullptr) {
     without_window_.push_back(handle->where());
     return nullptr;
   }
   return {registered, [nccl = nccl_, handle, is_window](void* ended) {
-            ncclComm_t living = handle->get();
-            if (living == nullptr) return;  // its registrations have ended with it
-            (void)(is_window ? nccl->comm_window_deregister(living, ended)
-                             : nccl->comm_deregister(living, ended));
+            const NcclHandle::Use use(*handle);
+            if (use.comm() == nullptr) return;  // its registrations have ended with it
+            (void)(is_window ? nccl->comm_window_deregister(use.comm(), ended)
+                             : nccl->comm_deregister(use.comm(), ended));
           }};
 }
 

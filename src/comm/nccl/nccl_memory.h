@@ -8,7 +8,9 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <atomic>
 #include <chrono>
+#include <cstdint>
 #include <deque>
 #include <memory>
 #include <string>
@@ -34,6 +36,8 @@ class NcclMemory {
   // in flight. Null when nothing is registered. Throws CommError, TimeoutError.
   [[nodiscard]] std::shared_ptr<void> register_with(const std::shared_ptr<NcclHandle>& handle,
                                                     const at::Tensor& memory);
+  // Of what allocate() gave and is not freed.
+  [[nodiscard]] int64_t allocated_nbytes() const { return *allocated_nbytes_; }
   // Options that could not be honoured.
   [[nodiscard]] std::vector<std::string> notes() const;
 
@@ -44,6 +48,9 @@ class NcclMemory {
   const std::chrono::milliseconds timeout_;
   const std::string where_;  // for messages
   NcclRegistration used_;
+  // Shared with the memory, which may outlive this.
+  const std::shared_ptr<std::atomic<int64_t>> allocated_nbytes_ =
+      std::make_shared<std::atomic<int64_t>>(0);
   // Where NCCL writes handles; in non-blocking mode also after a call that has timed out.
   std::deque<void*> registered_;
   std::vector<std::string> without_window_;  // communicators

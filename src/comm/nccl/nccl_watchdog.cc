@@ -1,5 +1,7 @@
 #include "comm/nccl/nccl_watchdog.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <utility>
 
@@ -40,13 +42,21 @@ std::string text_of(const std::exception_ptr& exception) {
 }  // namespace
 
 NcclWatchdog::NcclWatchdog(std::shared_ptr<const CudaContext> context,
-                           c10::intrusive_ptr<c10d::Store> store, int rank, Limits limits)
+                           std::shared_ptr<NcclApi> nccl, c10::intrusive_ptr<c10d::Store> store,
+                           int rank, Limits limits)
     : context_(std::move(context)),
+      nccl_(std::move(nccl)),
       store_(std::move(store)),
       rank_(rank),
       limits_(limits),
+      process_(getpid()),
       next_store_poll_(std::chrono::steady_clock::now() + kStoreInterval),
       thread_([this] { run(); }) {}
+
+NcclWatchdog::~NcclWatchdog() {
+  stop();
+  if (process_ == getpid()) abort_all();
+}
 
 void NcclWatchdog::stop() {
   {
@@ -59,7 +69,7 @@ void NcclWatchdog::stop() {
 
 void NcclWatchdog::watch(std::shared_ptr<NcclHandle> handle, std::shared_ptr<InFlight> in_flight) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  std::erase_if(watched_, [](const Watched& other) { return other.handle->get() == nullptr; });
+  std::erase_if(watched_, [](const Watched& other) { return !other.handle->is_open(); });
   watched_.push_back({std::move(handle), std::move(in_flight)});
 }
 
@@ -69,7 +79,9 @@ std::vector<NcclWatchdog::Watched> NcclWatchdog::watched() const {
 }
 
 void NcclWatchdog::abort_all() noexcept {
-  for (const Watched& one : watched()) one.handle->abort();
+  std::vector<std::shared_ptr<NcclHandle>> handles;
+  for (const Watched& one : watched()) handles.push_back(one.handle);
+  abort_together(*nccl_, handles, limits_.launch_patience);
 }
 
 void NcclWatchdog::fail(const std::exception_ptr& exception, FlightLog* log) {

@@ -1,5 +1,5 @@
 // NcclWatchdog: polls the communicators of a world, on a thread of its own, and aborts them all when
-// one fails here or on another rank.
+// one fails here or on another rank. Its end is theirs: the world and every communicator own it.
 //
 // It frees no tensor, destroys no event and never takes the GIL.
 //
@@ -28,13 +28,17 @@ class NcclWatchdog {
     std::chrono::milliseconds timeout;
     std::chrono::milliseconds start_timeout;
     std::chrono::milliseconds interval;
+    std::chrono::milliseconds launch_patience;
   };
   // `store`: that of this session, of this thread alone.
-  NcclWatchdog(std::shared_ptr<const CudaContext> context, c10::intrusive_ptr<c10d::Store> store,
-               int rank, Limits limits);
-  // Stops without ending the communicators.
-  ~NcclWatchdog() { stop(); }
+  NcclWatchdog(std::shared_ptr<const CudaContext> context, std::shared_ptr<NcclApi> nccl,
+               c10::intrusive_ptr<c10d::Store> store, int rank, Limits limits);
+  // Aborts what has not been closed.
+  ~NcclWatchdog();
   void stop();
+  // In one NCCL group, where the library can. Waits for launches of other threads that are inside
+  // NCCL, launch_patience at most; so the caller must not be in one.
+  void abort_all() noexcept;
 
   void watch(std::shared_ptr<NcclHandle> handle, std::shared_ptr<InFlight> in_flight);
   // Makes `exception` the world's failure unless it has one, tells the other ranks, and aborts all
@@ -51,12 +55,13 @@ class NcclWatchdog {
   // Aborts all when another rank has failed.
   void poll_store();
   [[nodiscard]] std::vector<Watched> watched() const;
-  void abort_all() noexcept;
 
   const std::shared_ptr<const CudaContext> context_;
+  const std::shared_ptr<NcclApi> nccl_;
   const c10::intrusive_ptr<c10d::Store> store_;
   const int rank_;
   const Limits limits_;
+  const int process_;  // that made it
   // Of the thread.
   std::chrono::steady_clock::time_point next_store_poll_;
   bool has_store_ended_ = false;

@@ -1,6 +1,7 @@
 #include "mics/nccl_world.h"
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <map>
 #include <sstream>
@@ -17,6 +18,9 @@
 namespace mics {
 
 namespace {
+
+// Between the two lists of a member's answer. In no topic.
+constexpr char kSplits = '|';
 
 // The handshake: what each rank tells the others before its first communicator.
 struct Hello {
@@ -55,7 +59,8 @@ std::string settings_text(const NcclOptions& options) {
   return std::string("registration=") + names.at(options.registration) +
          " copy_engine=" + (options.copy_engine ? "1" : "0") +
          " max_in_flight=" + std::to_string(options.max_in_flight) +
-         " max_ctas=" + std::to_string(options.max_ctas);
+         " max_ctas=" + std::to_string(options.max_ctas) +
+         " blocking=" + (options.is_blocking ? "1" : "0");
 }
 
 std::string list(const std::vector<int>& ranks) {
@@ -110,40 +115,47 @@ class NcclWorldOfRank final : public NcclWorld {
         nccl_(std::move(nccl)),
         context_(std::make_shared<const CudaContext>(CudaContext{
             cuda, std::make_shared<EventPool>(cuda), std::make_shared<Failure>(), options.device})),
-        order_(std::make_shared<LaunchOrder>(options.max_in_flight)),
         memory_(std::make_shared<NcclMemory>(context_, nccl_, options)) {
     check_hellos();
     MICS_CHECK(!options_.copy_engine || options_.registration == NcclRegistration::kWindows,
                "copy engines need windows: got copy_engine=1 with ", settings_text(options_),
                ". Set MICS_NCCL_REGISTRATION=windows too.");
+    for (std::shared_ptr<LaunchOrder>& order : orders_) {
+      order = std::make_shared<LaunchOrder>(options.max_in_flight);
+    }
     watchdog_ = std::make_shared<NcclWatchdog>(
-        context_, clone_store(store, std::chrono::seconds(5)), options_.rank,
-        NcclWatchdog::Limits{options_.timeout, options_.start_timeout, options_.watch_interval});
+        context_, nccl_, clone_store(store, std::chrono::seconds(5)), options_.rank,
+        NcclWatchdog::Limits{options_.timeout, options_.start_timeout, options_.watch_interval,
+                             options_.launch_patience});
   }
 
-  std::unique_ptr<Communicator> make_communicator(GroupInfo group, bool only_gathers) override {
+  std::unique_ptr<Communicator> make_communicator(GroupInfo group, NcclDirection direction,
+                                                  bool only_gathers) override {
     context_->failure->rethrow_if_set();
     const std::string name = group.name + " " + list(group.world_ranks);
     // Counted by name, because ranks are in different groups: one count would differ among them.
     const std::string topic = "communicator/" + name + "/" + std::to_string(num_of_name_[name]++);
     const int rank = group.rank;
-    std::erase_if(made_, [](const Made& made) { return made.handle->get() == nullptr; });
+    std::erase_if(made_, [](const Made& made) { return !made.handle->is_open(); });
+    const std::string kind = name + (only_gathers ? " only gathers" : "");
     store_->set(topic + "/" + std::to_string(group.world_ranks[static_cast<size_t>(rank)]),
-                unused_topics(group.world_ranks));
-    const std::shared_ptr<NcclHandle> parent = common_parent(
-        wait_for_all(*store_, topic, group.world_ranks, options_.rank, options_.init_timeout));
+                free_topics(kind) + kSplits + unused_topics(group.world_ranks));
+    const std::vector<std::string> answers =
+        wait_for_all(*store_, topic, group.world_ranks, options_.rank, options_.init_timeout);
+    if (Made* free = common(answers, /*is_free=*/true); free != nullptr) {
+      return make_user(*free, std::move(group), direction);
+    }
+    const Made* parent = common(answers, /*is_free=*/false);
 
     const std::string where = "group " + name + ", world_rank=" + std::to_string(options_.rank);
     const auto comm_name = std::make_shared<const std::string>("mics/" + group.name);
-    ncclComm_t comm = start(group, topic, parent.get(), only_gathers, *comm_name, where);
+    ncclComm_t comm = start(group, topic, parent == nullptr ? nullptr : parent->handle.get(),
+                            only_gathers, *comm_name, where);
     const auto handle = std::make_shared<NcclHandle>(nccl_, where, comm_name, comm);
     const auto in_flight = std::make_shared<InFlight>(context_, where);
     watchdog_->watch(handle, in_flight);
-    made_.push_back({topic, group.world_ranks, handle, in_flight});
-    return std::make_unique<NcclCommunicator>(
-        std::move(group),
-        NcclCommunicator::Shared{context_, nccl_, order_, memory_, options_.timeout, watchdog_},
-        handle, in_flight);
+    made_.push_back({topic, kind, group.world_ranks, handle, in_flight, {}});
+    return make_user(made_.back(), std::move(group), direction);
   }
 
   std::unique_ptr<Stream> make_stream(bool high_priority) override {
@@ -159,16 +171,19 @@ class NcclWorldOfRank final : public NcclWorld {
     try {
       context_->failure->rethrow_if_set();
       for (const Made& made : made_) {
-        if (made.handle->get() != nullptr) made.in_flight->drain(deadline);
+        if (made.handle->is_open()) made.in_flight->drain(deadline);
       }
       for (const Made& made : made_) made.handle->close(patience);
+      context_->failure->rethrow_if_set();
     } catch (...) {
-      for (const Made& made : made_) made.handle->abort();
+      watchdog_->abort_all();
       watchdog_->stop();
       throw;
     }
     watchdog_->stop();
   }
+
+  int64_t allocated_nbytes() const override { return memory_->allocated_nbytes(); }
 
   std::vector<std::string> notes() const override {
     std::vector<std::string> notes;
@@ -201,13 +216,25 @@ class NcclWorldOfRank final : public NcclWorld {
  private:
   struct Made {
     std::string topic;  // the same on all members, and of no other communicator
+    std::string kind;   // those of one kind can stand in for each other
     std::vector<int> world_ranks;
     std::shared_ptr<NcclHandle> handle;
     std::shared_ptr<InFlight> in_flight;
+    std::weak_ptr<void> user;  // gone: nothing uses it
   };
 
+  std::unique_ptr<Communicator> make_user(Made& made, GroupInfo group, NcclDirection direction) {
+    auto user = std::make_unique<NcclCommunicator>(
+        std::move(group),
+        NcclCommunicator::Shared{context_, nccl_, orders_[static_cast<size_t>(direction)], memory_,
+                                 options_.timeout, watchdog_},
+        made.handle, made.in_flight);
+    made.user = user->life();
+    return user;
+  }
+
   // A collective: every member calls it for `topic`. `parent` may be null.
-  ncclComm_t start(const GroupInfo& group, const std::string& topic, const NcclHandle* parent,
+  ncclComm_t start(const GroupInfo& group, const std::string& topic, NcclHandle* parent,
                    bool only_gathers, const std::string& comm_name, const std::string& where) {
     check_cuda(*context_->cuda, context_->cuda->set_device(options_.device), "cudaSetDevice");
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
@@ -220,13 +247,17 @@ class NcclWorldOfRank final : public NcclWorld {
     const auto deadline = std::chrono::steady_clock::now() + options_.init_timeout;
     ncclComm_t comm = nullptr;
     try {
-      const char* call = parent != nullptr ? "ncclCommSplit" : "ncclCommInitRankConfig";
-      const ncclResult_t result =
-          parent != nullptr
-              ? nccl_->comm_split(parent->get(), 0, group.rank, &comm, &config)
-              : nccl_->comm_init_rank_config(&comm, group.size(), exchange_id(topic, group.rank),
-                                             group.rank, &config);
-      finish_call(*nccl_, result, comm, call, where, deadline);
+      if (parent != nullptr) {
+        const NcclHandle::Use use(*parent);
+        context_->failure->rethrow_if_set();
+        MICS_INTERNAL_CHECK(use.comm() != nullptr, "a communicator is split that has ended.");
+        const ncclResult_t result = nccl_->comm_split(use.comm(), 0, group.rank, &comm, &config);
+        finish_call(*nccl_, result, comm, "ncclCommSplit", where, deadline);
+      } else {
+        const ncclResult_t result = nccl_->comm_init_rank_config(
+            &comm, group.size(), exchange_id(topic, group.rank), group.rank, &config);
+        finish_call(*nccl_, result, comm, "ncclCommInitRankConfig", where, deadline);
+      }
     } catch (const TimeoutError&) {
       if (comm != nullptr) (void)nccl_->comm_abort(comm);
       throw;
@@ -309,16 +340,30 @@ class NcclWorldOfRank final : public NcclWorld {
     return topics;
   }
 
-  // The first one that all members have said to have: they may destroy theirs at different times.
-  // A split from it saves the exchange of an id and the bootstrap.
-  [[nodiscard]] std::shared_ptr<NcclHandle> common_parent(
-      const std::vector<std::string>& topics_of_members) const {
+  // Communicators of this kind that have no user here any more, and nothing in flight, a line each.
+  [[nodiscard]] std::string free_topics(const std::string& kind) const {
+    std::string topics;
     for (const Made& made : made_) {
-      const bool is_common = std::all_of(
-          topics_of_members.begin(), topics_of_members.end(), [&](const std::string& topics) {
-            return ("\n" + topics).find("\n" + made.topic + "\n") != std::string::npos;
+      if (made.kind == kind && made.user.expired() && made.in_flight->is_idle()) {
+        topics += made.topic + "\n";
+      }
+    }
+    return topics;
+  }
+
+  // The first one that all members have listed, as free or as unused: they let go of theirs at
+  // different times. One that is free is used again; a split from one that is unused saves the
+  // exchange of an id and the bootstrap. Null: none.
+  [[nodiscard]] Made* common(const std::vector<std::string>& answers, bool is_free) {
+    for (Made& made : made_) {
+      const bool is_common =
+          std::all_of(answers.begin(), answers.end(), [&](const std::string& answer) {
+            const size_t splits = answer.find(kSplits);
+            const std::string topics =
+                "\n" + (is_free ? answer.substr(0, splits) : answer.substr(splits + 1));
+            return topics.find("\n" + made.topic + "\n") != std::string::npos;
           });
-      if (is_common) return made.handle;
+      if (is_common) return &made;
     }
     return nullptr;
   }
@@ -327,7 +372,7 @@ class NcclWorldOfRank final : public NcclWorld {
   const c10::intrusive_ptr<c10d::Store> store_;
   const std::shared_ptr<NcclApi> nccl_;
   const std::shared_ptr<const CudaContext> context_;
-  const std::shared_ptr<LaunchOrder> order_;
+  std::array<std::shared_ptr<LaunchOrder>, kNumDirections> orders_;
   const std::shared_ptr<NcclMemory> memory_;
   std::shared_ptr<NcclWatchdog> watchdog_;
   std::map<std::string, int> num_of_name_;

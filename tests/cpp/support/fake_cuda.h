@@ -2,9 +2,13 @@
 //
 // A stream is a FIFO worker thread; an event is a mark in it. Tensors lie on the CPU. What torch
 // computes on its current stream has run when the call returns, so waiting there stands still.
+// A copy from memory of the host that is not pinned is a synchronisation, and counted as one.
 // With a seed, each task on a stream starts after a random delay: an order that only events make
 // shows as a wrong result where an event is missing.
 #pragma once
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 
 #include <atomic>
 #include <chrono>
@@ -87,7 +91,7 @@ class FakeCuda final : public CudaApi {
     count("event_record");
     const std::shared_ptr<Mark> mark = find(event);
     if (mark == nullptr) return cudaErrorInvalidResourceHandle;
-    const int64_t number = mark->add();
+    const int64_t number = mark->add(stream);
     on_stream(stream, [mark, number] { mark->complete(number); });
     return cudaSuccess;
   }
@@ -97,13 +101,7 @@ class FakeCuda final : public CudaApi {
     return cudaSuccess;
   }
   cudaError_t event_query(cudaEvent_t event) override {
-    if (is_capturing_) {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      ++num_captured_queries_;
-      if (capture_modes_[std::this_thread::get_id()] != cudaStreamCaptureModeRelaxed) {
-        return cudaErrorStreamCaptureUnsupported;
-      }
-    }
+    if (breaks_capture()) return cudaErrorStreamCaptureUnsupported;
     const std::shared_ptr<Mark> mark = find(event);
     if (mark == nullptr) return cudaErrorInvalidResourceHandle;
     if (device_error_) return cudaErrorLaunchFailure;
@@ -113,11 +111,16 @@ class FakeCuda final : public CudaApi {
     count("stream_wait_event");
     const std::shared_ptr<Mark> mark = find(event);
     if (mark == nullptr) return cudaErrorInvalidResourceHandle;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      ++edges_[{number_of(mark->stream()), number_of(stream)}];
+    }
     on_stream(stream, [mark, number = mark->last()] { mark->wait_for(number); });
     return cudaSuccess;
   }
   cudaError_t stream_query(cudaStream_t stream) override {
     count("stream_query");
+    if (breaks_capture()) return cudaErrorStreamCaptureUnsupported;
     if (device_error_) return cudaErrorLaunchFailure;
     if (stream == current_stream(0)) return cudaSuccess;
     return reinterpret_cast<FakeStream*>(stream)->is_empty() ? cudaSuccess : cudaErrorNotReady;
@@ -143,11 +146,33 @@ class FakeCuda final : public CudaApi {
     on_stream(stream, work);
   }
 
+  at::Tensor allocate_pinned(int64_t nbytes) override {
+    const at::Tensor memory = at::empty({nbytes}, at::kByte);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    pinned_.insert(memory.const_data_ptr());
+    return at::from_blob(
+        memory.mutable_data_ptr(), {nbytes},
+        [this, memory](void* freed) {
+          const std::lock_guard<std::mutex> freeing(mutex_);
+          pinned_.erase(freed);
+        },
+        at::kByte);
+  }
+  void copy_from_host(const at::Tensor& to, const at::Tensor& from, cudaStream_t stream,
+                      int /*device*/) override {
+    count("copy_from_host");
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (!pinned_.contains(from.const_data_ptr())) ++counts_["synchronisation"];
+    }
+    on_stream(stream, [to, from] { to.copy_(from); });
+  }
+
   // --- for tests and FakeNccl ---
 
   // A CUDA graph is captured, by a thread in the strictest mode.
   void set_capturing(bool is_capturing) { is_capturing_ = is_capturing; }
-  // Queries of events while a graph was captured.
+  // Queries while a graph was captured.
   [[nodiscard]] int num_captured_queries() const { return num_captured_queries_; }
 
   // Streams run what they are given at once, on the thread that gives it: so this must be the order
@@ -164,6 +189,13 @@ class FakeCuda final : public CudaApi {
     const std::lock_guard<std::mutex> lock(mutex_);
     return static_cast<int>(events_.size());
   }
+  // Waits since the last time, by the streams of record and wait. Streams are numbered as they were
+  // made; -1 is the current one.
+  using Edge = std::pair<int, int>;
+  [[nodiscard]] std::map<Edge, int> take_edges() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return std::exchange(edges_, {});
+  }
   // Calls since the last time, by name; without queries of events, which the watchdog makes too.
   [[nodiscard]] std::map<std::string, int> take_counts() {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -175,10 +207,16 @@ class FakeCuda final : public CudaApi {
   // pending: what waits for that one still does.
   class Mark {
    public:
-    int64_t add() {
+    int64_t add(cudaStream_t stream) {
       const std::lock_guard<std::mutex> lock(mutex_);
+      stream_ = stream;
       pending_.insert(++last_);
       return last_;
+    }
+    // Of the last record.
+    [[nodiscard]] cudaStream_t stream() const {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      return stream_;
     }
     [[nodiscard]] int64_t last() const {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -201,6 +239,7 @@ class FakeCuda final : public CudaApi {
    private:
     mutable std::mutex mutex_;
     std::condition_variable changed_;
+    cudaStream_t stream_ = nullptr;
     int64_t last_ = 0;
     std::set<int64_t> pending_;
   };
@@ -209,6 +248,20 @@ class FakeCuda final : public CudaApi {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = events_.find(event);
     return found == events_.end() ? nullptr : found->second;
+  }
+  // A query of this thread may not run now.
+  [[nodiscard]] bool breaks_capture() {
+    if (!is_capturing_) return false;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ++num_captured_queries_;
+    return capture_modes_[std::this_thread::get_id()] != cudaStreamCaptureModeRelaxed;
+  }
+  // Call with mutex_ held.
+  [[nodiscard]] int number_of(cudaStream_t stream) const {
+    for (size_t i = 0; i < streams_.size(); ++i) {
+      if (reinterpret_cast<cudaStream_t>(streams_[i].get()) == stream) return static_cast<int>(i);
+    }
+    return -1;
   }
   void count(const char* name) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -227,6 +280,8 @@ class FakeCuda final : public CudaApi {
   std::map<std::thread::id, cudaStreamCaptureMode> capture_modes_;
   std::map<cudaEvent_t, std::shared_ptr<Mark>> events_;
   std::map<std::string, int> counts_;
+  std::map<Edge, int> edges_;
+  std::set<const void*> pinned_;
   std::vector<std::unique_ptr<FakeStream>> streams_;
 };
 

@@ -5,11 +5,13 @@
 //     of launch
 //   - an operation ends when all members have joined it with the same calls, sizes and types. Else
 //     it stays, as the real one would, and FakeNetwork::faults() says why
-//   - sums are in rank order, as communicator.h describes those of the other backends
-//   - abort ends what waits; a communicator that has ended cannot be used
+//   - sums are in rank order and in the dtype of the wire; see FakeNetwork::sums_in_fp32
+//   - abort ends what waits; a communicator that has ended cannot be used; see fake_nccl_comms.h
+//   - a group is of the calling thread
 //   - registering memory is a collective, and not beside operations; see fake_nccl_memory.h
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <map>
 #include <memory>
@@ -21,6 +23,7 @@
 
 #include "comm/nccl/nccl_api.h"
 #include "support/fake_cuda.h"
+#include "support/fake_nccl_comms.h"
 #include "support/fake_nccl_memory.h"
 #include "support/fake_network.h"
 
@@ -29,7 +32,10 @@ namespace mics::testing {
 class FakeNccl final : public NcclApi {
  public:
   FakeNccl(std::shared_ptr<FakeNetwork> network, std::shared_ptr<FakeCuda> cuda)
-      : network_(std::move(network)), cuda_(std::move(cuda)), memory_(network_) {}
+      : network_(std::move(network)),
+        cuda_(std::move(cuda)),
+        memory_(network_),
+        comms_(network_, memory_) {}
 
   ~FakeNccl() override {
     while (own_stream_ != nullptr && cuda_->stream_query(own_stream_) == cudaErrorNotReady) {
@@ -47,6 +53,15 @@ class FakeNccl final : public NcclApi {
   void fail(const std::string& call, ncclResult_t result) { failing_[call] = result; }
   // A start in non-blocking mode does not end.
   void stall_starts() { stalls_starts_ = true; }
+  // The call of this name stays inside NCCL for so long.
+  void delay(const std::string& call, std::chrono::milliseconds delay) { delays_[call] = delay; }
+  // Launches stay inside NCCL until the communicator is aborted.
+  void stall_launches() { stalls_launches_ = true; }
+  // As a library older than 2.22: aborts inside a group come one after the other.
+  void set_has_no_group_abort() {
+    has_group_abort_ = false;
+    comms_.set_abort_limit(std::chrono::seconds(1));
+  }
   // An end does not end, until it is aborted.
   void stall_ends() { stalls_ends_ = true; }
   void set_has_registration(bool has_registration) { has_registration_ = has_registration; }
@@ -55,8 +70,13 @@ class FakeNccl final : public NcclApi {
   void refuse_windows() { gives_windows_ = false; }
   // Of all communicators of this rank, as after a link has failed.
   void set_async_error(ncclResult_t error) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (auto& [handle, comm] : comms_) comm->async_error = error;
+    for (const std::shared_ptr<FakeComm>& comm : comms_.all()) comm->async_error = error;
+  }
+  // A thread is in a call with a communicator.
+  [[nodiscard]] bool is_inside() const {
+    const std::vector<std::shared_ptr<FakeComm>> living = comms_.all();
+    return std::any_of(living.begin(), living.end(),
+                       [](const auto& comm) { return comm->num_inside > 0; });
   }
   // Operations whose streams had reached them and that were not done, at most.
   [[nodiscard]] int most_under_way() const { return under_way_->most; }
@@ -87,7 +107,7 @@ class FakeNccl final : public NcclApi {
   ncclResult_t comm_split(ncclComm_t comm, int color, int key, ncclComm_t* made,
                           ncclConfig_t* config) override {
     count("comm_split");
-    const std::shared_ptr<FakeComm> parent = find(comm, "comm_split");
+    const std::shared_ptr<FakeComm> parent = comms_.find(comm, "comm_split");
     if (parent == nullptr) return ncclInvalidArgument;
     if (config->splitShare != 0) network_->add_fault("a split that shares resources");
     if (key != parent->rank) network_->add_fault("a split in another order of ranks");
@@ -97,7 +117,7 @@ class FakeNccl final : public NcclApi {
                  parent->members->size(), key, *config);
   }
   ncclResult_t comm_get_async_error(ncclComm_t comm, ncclResult_t* error) override {
-    const std::shared_ptr<FakeComm> found = find(comm, "comm_get_async_error");
+    const std::shared_ptr<FakeComm> found = comms_.find(comm, "comm_get_async_error");
     if (found == nullptr) return ncclInvalidArgument;
     *error = found->async_error != ncclSuccess ? found->async_error.load()
              : found->is_ready                 ? ncclSuccess
@@ -105,26 +125,35 @@ class FakeNccl final : public NcclApi {
     return ncclSuccess;
   }
   ncclResult_t comm_finalize(ncclComm_t comm) override {
-    const std::shared_ptr<FakeComm> found = find(comm, "comm_finalize");
+    const std::shared_ptr<FakeComm> found = comms_.find(comm, "comm_finalize");
     if (found == nullptr) return ncclInvalidArgument;
+    const FakeInside inside(found, delay_of("comm_finalize"));
     const std::lock_guard<std::mutex> lock(found->mutex);
     if (found->num_run != found->num_launched) network_->add_fault("finalized while in use");
     if (!stalls_ends_) return result_of("comm_finalize");
     found->is_ready = false;
     return ncclInProgress;
   }
-  ncclResult_t comm_destroy(ncclComm_t comm) override { return end(comm, "comm_destroy"); }
-  ncclResult_t comm_abort(ncclComm_t comm) override { return end(comm, "comm_abort"); }
+  ncclResult_t comm_destroy(ncclComm_t comm) override { return comms_.destroy(comm); }
+  ncclResult_t comm_abort(ncclComm_t comm) override {
+    count("comm_abort");
+    if (!has_group_abort_ || group().depth == 0) return comms_.abort({comm});
+    group().aborted.push_back(comm);
+    return ncclSuccess;
+  }
+  bool has_group_abort() const override { return has_group_abort_; }
 
   ncclResult_t group_start() override {
     count("group_start");
-    ++group_depth_;
+    ++group().depth;
     return result_of("group_start");
   }
   ncclResult_t group_end() override {
     count("group_end");
-    if (--group_depth_ > 0) return ncclSuccess;
-    std::vector<Pending> pending = std::exchange(pending_, {});
+    if (--group().depth > 0) return ncclSuccess;
+    Group ended = std::exchange(group(), {});
+    std::vector<Pending>& pending = ended.pending;
+    if (!ended.aborted.empty()) return comms_.abort(ended.aborted);
     if (const ncclResult_t result = result_of("group_end"); result != ncclSuccess) return result;
     std::vector<FakeCall> calls;
     for (const Pending& one : pending) {
@@ -184,30 +213,32 @@ class FakeNccl final : public NcclApi {
   std::string last_error(ncclComm_t /*comm*/) override { return {}; }
 
  private:
-  struct UnderWay {
-    std::atomic<int> now = 0;
-    std::atomic<int> most = 0;
-  };
   struct Pending {
     std::shared_ptr<FakeComm> comm;
     FakeCall call;
     cudaStream_t stream;
   };
-
+  // Of one thread.
+  struct Group {
+    int depth = 0;
+    std::vector<Pending> pending;
+    std::vector<ncclComm_t> aborted;
+  };
+  [[nodiscard]] Group& group() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return groups_[std::this_thread::get_id()];
+  }
   void count(const std::string& name) {
     const std::lock_guard<std::mutex> lock(mutex_);
     ++counts_[name];
   }
+  [[nodiscard]] std::chrono::milliseconds delay_of(const std::string& call) const {
+    const auto found = delays_.find(call);
+    return found == delays_.end() ? std::chrono::milliseconds(0) : found->second;
+  }
   [[nodiscard]] ncclResult_t result_of(const std::string& call) const {
     const auto found = failing_.find(call);
     return found == failing_.end() ? ncclSuccess : found->second;
-  }
-  [[nodiscard]] std::shared_ptr<FakeComm> find(ncclComm_t comm, const char* call) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = comms_.find(comm);
-    if (found != comms_.end()) return found->second;
-    network_->add_fault(std::string(call) + " of a communicator that has ended");
-    return nullptr;
   }
 
   ncclResult_t start(ncclComm_t* comm, const std::string& key, int size, int rank,
@@ -219,12 +250,7 @@ class FakeNccl final : public NcclApi {
     made->cta_policy = config.CTAPolicy;
     if (config.commName != nullptr) made->expected_name = made->name = config.commName;
     made->is_blocking = config.blocking != 0;
-    *comm = reinterpret_cast<ncclComm_t>(made.get());
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      comms_.emplace(*comm, made);
-    }
-    ++network_->num_live_comms;
+    *comm = comms_.add(made);
     if (!made->is_blocking) {
       made->is_ready = false;
       // NCCL's own thread.
@@ -241,7 +267,7 @@ class FakeNccl final : public NcclApi {
   ncclResult_t add_registration(const char* call, ncclComm_t comm, void* memory, size_t nbytes,
                                 void** handle, bool is_window) {
     count(call);
-    const std::shared_ptr<FakeComm> found = find(comm, call);
+    const std::shared_ptr<FakeComm> found = comms_.find(comm, call);
     if (found == nullptr) return ncclInvalidArgument;
     if (const ncclResult_t result = result_of(call); result != ncclSuccess) return result;
     const FakeNcclMemory::Registration made{found, memory, nbytes, is_window};
@@ -270,7 +296,7 @@ class FakeNccl final : public NcclApi {
   }
   ncclResult_t end_registration(const char* call, ncclComm_t comm, void* handle) {
     count(call);
-    const std::shared_ptr<FakeComm> found = find(comm, call);
+    const std::shared_ptr<FakeComm> found = comms_.find(comm, call);
     if (found == nullptr) return ncclInvalidArgument;
     check_idle(*found, call);
     return memory_.remove(handle);
@@ -286,34 +312,14 @@ class FakeNccl final : public NcclApi {
     return own_stream_;
   }
 
-  ncclResult_t end(ncclComm_t comm, const char* call) {
-    const std::shared_ptr<FakeComm> ended = find(comm, call);
-    if (ended == nullptr) return ncclInvalidArgument;
-    if (ended->name != nullptr && ended->expected_name != ended->name) {
-      network_->add_fault("the name of a communicator is gone before it");
-    }
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      comms_.erase(comm);
-    }
-    memory_.remove_all_of(*ended);
-    --network_->num_live_comms;
-    {
-      const std::lock_guard<std::mutex> lock(ended->mutex);
-      ended->is_aborted = true;
-      ended->turn_came.notify_all();
-    }
-    ended->members->notify();
-    return ncclSuccess;
-  }
-
   ncclResult_t call(const char* name, const FakeCall& made, ncclComm_t comm, cudaStream_t stream) {
     count(name);
-    const std::shared_ptr<FakeComm> found = find(comm, name);
+    const std::shared_ptr<FakeComm> found = comms_.find(comm, name);
     if (found == nullptr) return ncclInvalidArgument;
+    const FakeInside inside(found, delay_of(name));
     if (const ncclResult_t result = result_of(name); result != ncclSuccess) return result;
-    if (group_depth_ > 0) {
-      pending_.push_back({found, made, stream});
+    if (group().depth > 0) {
+      group().pending.push_back({found, made, stream});
     } else {
       launch(found, {made}, stream);
     }
@@ -323,6 +329,13 @@ class FakeNccl final : public NcclApi {
   void launch(const std::shared_ptr<FakeComm>& comm, std::vector<FakeCall> calls,
               cudaStream_t stream) {
     count("launch");
+    const FakeInside inside(comm, delay_of("launch"));
+    if (stalls_launches_) {
+      comm->is_stuck = true;
+      std::unique_lock<std::mutex> lock(comm->mutex);
+      comm->turn_came.wait(lock, [&] { return comm->is_aborted.load(); });
+      return;
+    }
     note_memory(*comm, calls);
     const int64_t turn = [&] {
       const std::lock_guard<std::mutex> lock(comm->mutex);
@@ -330,10 +343,8 @@ class FakeNccl final : public NcclApi {
     }();
     // It may run when this is gone.
     cuda_->on_stream(stream, [under_way = under_way_, comm, turn, calls = std::move(calls)] {
-      const int now = ++under_way->now;
-      for (int most = under_way->most; now > most;) {
-        if (under_way->most.compare_exchange_weak(most, now)) break;
-      }
+      under_way->begin();
+      ++comm->num_running;
       {
         std::unique_lock<std::mutex> lock(comm->mutex);
         comm->turn_came.wait(lock, [&] { return comm->num_run == turn || comm->is_aborted; });
@@ -341,6 +352,7 @@ class FakeNccl final : public NcclApi {
       if (!comm->is_aborted) comm->members->run(comm->rank, calls, comm->is_aborted);
       const std::lock_guard<std::mutex> lock(comm->mutex);
       ++comm->num_run;
+      --comm->num_running;
       comm->turn_came.notify_all();
       --under_way->now;
     });
@@ -363,6 +375,7 @@ class FakeNccl final : public NcclApi {
   const std::shared_ptr<FakeNetwork> network_;
   const std::shared_ptr<FakeCuda> cuda_;
   FakeNcclMemory memory_;
+  FakeNcclComms comms_;
   int version_ = NCCL_VERSION_CODE;
   bool has_split_ = true;
   bool has_registration_ = true;
@@ -370,14 +383,15 @@ class FakeNccl final : public NcclApi {
   bool gives_windows_ = true;
   bool stalls_starts_ = false;
   std::atomic<bool> stalls_ends_ = false;
+  bool has_group_abort_ = true;
+  bool stalls_launches_ = false;
   std::map<std::string, ncclResult_t> failing_;
-  int group_depth_ = 0;
-  std::vector<Pending> pending_;
+  std::map<std::string, std::chrono::milliseconds> delays_;
   cudaStream_t own_stream_ = nullptr;
-  const std::shared_ptr<UnderWay> under_way_ = std::make_shared<UnderWay>();
+  const std::shared_ptr<FakeUnderWay> under_way_ = std::make_shared<FakeUnderWay>();
   mutable std::mutex mutex_;
   // Guarded by mutex_.
-  std::map<ncclComm_t, std::shared_ptr<FakeComm>> comms_;
+  std::map<std::thread::id, Group> groups_;  // each used by its thread alone
   std::map<std::string, int> counts_;
 };
 

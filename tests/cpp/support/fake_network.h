@@ -60,6 +60,9 @@ class FakeNetwork {
     return faults_;
   }
   std::atomic<int> num_live_comms = 0;
+  // Sums are as those of the other backends: in fp32, rounded once. Else as NCCL's, in the dtype of
+  // the wire. Both are in rank order.
+  std::atomic<bool> sums_in_fp32 = false;
 
  private:
   mutable std::mutex mutex_;
@@ -82,7 +85,10 @@ struct FakeComm {
   std::mutex mutex;
   std::condition_variable turn_came;
   int64_t num_launched = 0;
-  int64_t num_run = 0;  // guarded by mutex
+  int64_t num_run = 0;                 // guarded by mutex
+  std::atomic<int> num_running = 0;    // operations that their stream has reached
+  std::atomic<int> num_inside = 0;     // threads in a call with it
+  std::atomic<bool> is_stuck = false;  // a launch that only an abort ends
 };
 
 }  // namespace mics::testing

@@ -89,11 +89,11 @@ class NcclRanks {
   std::vector<NcclOptions> options_;
 };
 
-// As a CUDA rank has them: gathers at high priority.
+// As a CUDA rank has them: all but the replicas' sums at high priority.
 inline std::shared_ptr<RuntimeStreams> make_streams(NcclWorld& world) {
   return std::make_shared<RuntimeStreams>(
       RuntimeStreams{world.make_current_stream(), world.make_stream(true), world.make_stream(true),
-                     world.make_stream(false), world.make_stream(false), world.make_stream(false),
+                     world.make_stream(true), world.make_stream(true), world.make_stream(false),
                      /*frees_in_compute_order=*/true});
 }
 

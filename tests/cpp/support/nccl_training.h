@@ -71,7 +71,11 @@ class Rank {
         model_(
             [this](GroupInfo group) {
               const bool only_gathers = has(group.name, "/gather/intra");
-              return world_->make_communicator(std::move(group), only_gathers);
+              const NcclDirection direction = has(group.name, "/reduce/") ? NcclDirection::kReduce
+                                              : group.name == "replicate"
+                                                  ? NcclDirection::kReplicate
+                                                  : NcclDirection::kGather;
+              return world_->make_communicator(std::move(group), direction, only_gathers);
             },
             make_streams(*world_), what.world, rank, kNumLayers, what.residency, Depths()) {}
   ~Rank() { EXPECT_NO_THROW(world_->close(std::chrono::seconds(30))); }

@@ -2,6 +2,7 @@
 // memory.
 #pragma once
 
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <chrono>
@@ -62,6 +63,10 @@ class ShmMembers final : public FakeMembers {
     const auto sent = [&](int64_t numel) {
       return fake_tensor(const_cast<void*>(call.send), numel, call.type);
     };
+    if (!network_.sums_in_fp32 && (call.type == ncclBfloat16 || call.type == ncclFloat16) &&
+        call.kind != FakeCall::Kind::kAllGather) {
+      return sum_in_wire_dtype(call);
+    }
     switch (call.kind) {
       case FakeCall::Kind::kAllGather:
         return communicator_->all_gather(fake_tensor(call.receive, all, call.type), sent(count),
@@ -77,6 +82,23 @@ class ShmMembers final : public FakeMembers {
       case FakeCall::Kind::kRegister:  // of memory of one size
         return communicator_->all_reduce(at::zeros({count % 4096 + 1}, at::kFloat), *stream_);
     }
+  }
+
+  // The communicator sums in fp32, so everything is gathered and summed here.
+  void sum_in_wire_dtype(const FakeCall& call) {
+    const auto count = static_cast<int64_t>(call.count);
+    const bool is_scatter = call.kind == FakeCall::Kind::kReduceScatter;
+    const int64_t numel = is_scatter ? count * size() : count;
+    const at::Tensor sent = fake_tensor(const_cast<void*>(call.send), numel, call.type);
+    const at::Tensor all = at::empty({numel * size()}, sent.options());
+    communicator_->all_gather(all, sent, *stream_);
+    std::vector<at::Tensor> pieces;
+    for (int member = 0; member < size(); ++member) {
+      const at::Tensor of_member = all.narrow(0, numel * member, numel);
+      pieces.push_back(is_scatter ? of_member.narrow(0, count * communicator_->group().rank, count)
+                                  : of_member);
+    }
+    fake_sum(fake_tensor(call.receive, count, call.type), pieces, /*in_fp32=*/false);
   }
 
   FakeNetwork& network_;

@@ -106,7 +106,7 @@ class ThreadMembers final : public FakeMembers {
     }
     if (call.kind != FakeCall::Kind::kAllGather) {
       at::Tensor sum = at::empty_like(pieces.front());
-      sum_in_order(sum, pieces);
+      fake_sum(sum, pieces, network_.sums_in_fp32);
       return sum;
     }
     const at::Tensor to = fake_tensor(call.receive, count * size_, call.type);

@@ -72,6 +72,7 @@ def over_fakes(
     at_once: bool = False,
     registration: _C.NcclRegistration = _C.NcclRegistration.NONE,
     copy_engine: bool = False,
+    sums_in_fp32: bool = True,
 ) -> Iterator[Any]:
     """Lets models of this rank find a world over the fakes; gives the device below it.
 
@@ -83,10 +84,14 @@ def over_fakes(
         at_once: streams run what they are given at once, on the thread that gives it.
         registration: as of NcclWorld.
         copy_engine: as of NcclWorld.
+        sums_in_fp32: sums are to the bit those of the other backends; else in the dtype that is sent, as
+            NCCL's.
     """
     fakes = load()
     fakes.poison_memory()
-    device = fakes.FakeDevice(rank, 0 if seed == 0 else seed + 1000 * rank)
+    device = fakes.FakeDevice(
+        rank, 0 if seed == 0 else seed + 1000 * rank, sums_in_fp32=sums_in_fp32
+    )
     if at_once:
         device.run_at_once()
     world = device.make_world(
