@@ -86,6 +86,7 @@ class Result:
     host_seconds: list[float]  # until forward and backward have been issued
     exposed_seconds: float | None  # of a step, waiting for collectives; ours only
     peak_nbytes: int  # allocated on the GPU, or resident
+    outside_nbytes: int  # in use on the GPU in the end and not torch's: context, communicators
     losses: list[float]
 
 
@@ -120,7 +121,7 @@ def train(name: str, arguments: argparse.Namespace) -> Result:
     )
     model, optimizer = make(name, arguments)
     shape, dtype = shape_of(arguments), getattr(torch, arguments.dtype)
-    result = Result([], [], None, 0, [])
+    result = Result([], [], None, 0, 0, [])
     exposed_before = 0.0
     for step in range(WARM_UPS + arguments.steps):
         tokens, targets = (t.to(arguments.device) for t in batch(shape, step, 0, 0))
@@ -143,6 +144,7 @@ def train(name: str, arguments: argparse.Namespace) -> Result:
         waited = exposed_of(name, model) - exposed_before
         result.exposed_seconds = waited / arguments.steps
     result.peak_nbytes = peak_nbytes(arguments.device)
+    result.outside_nbytes = outside_nbytes(arguments.device)
     return result
 
 
@@ -161,6 +163,13 @@ def peak_nbytes(device: str) -> int:
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def outside_nbytes(device: str) -> int:
+    if device != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
 
 
 # --- all of them ----------------------------------------------------------------------------------
@@ -195,6 +204,7 @@ def summary(arguments: argparse.Namespace, rounds: dict[str, list[Result]]) -> d
             "tokens_per_s": shape.rows * shape.length / seconds,
             "mfu": shape.rows * shape.flops(recompute=False) / seconds / peak if peak else None,
             "peak_nbytes": max(result.peak_nbytes for result in results),
+            "outside_nbytes": max(result.outside_nbytes for result in results),
             "host_seconds_per_unit": host / (shape.layers + 1),
             "exposed_seconds": results[-1].exposed_seconds,
             "last_loss": results[-1].losses[-1],
@@ -204,7 +214,7 @@ def summary(arguments: argparse.Namespace, rounds: dict[str, list[Result]]) -> d
 
 def show(found: dict[str, Any], device: str) -> None:
     table = Table(title=f"one GPT on one {device}, world size 1")
-    for column in ("", "s / step", "over plain", "tokens / s", "MFU", "peak GiB"):
+    for column in ("", "s / step", "over plain", "tokens / s", "MFU", "peak GiB", "outside GiB"):
         table.add_column(column, justify="right" if column else "left")
     table.add_column("host us / unit", justify="right")
     table.add_column("exposed ms", justify="right")
@@ -218,6 +228,7 @@ def show(found: dict[str, Any], device: str) -> None:
             f"{line['tokens_per_s']:.0f}",
             "" if line["mfu"] is None else f"{line['mfu']:.1%}",
             f"{line['peak_nbytes'] / 2**30:.2f}",
+            f"{line['outside_nbytes'] / 2**30:.2f}",
             f"{1e6 * line['host_seconds_per_unit']:.0f}",
             "" if exposed is None else f"{1e3 * exposed:.2f}",
             f"{line['last_loss']:.4f}",

@@ -252,6 +252,14 @@ def peak_nbytes(device: str) -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def outside_nbytes(device: str) -> int:
+    """Gives what is in use on a GPU and not torch's: CUDA's context, communicators, other processes."""
+    if device != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
 def paired_ratios(records: dict[str, Record], base: str) -> dict[str, float]:
     """Gives each contestant's time relative to the base's in the same turn: the median over steps."""
     return {
@@ -373,6 +381,7 @@ def main() -> None:
                 "records": {name: dataclasses.asdict(r) for name, r in records.items()},
                 "rates": rates,
                 "peak_nbytes": peak_nbytes(arguments.device),
+                "outside_nbytes": outside_nbytes(arguments.device),
                 "ratios": ratios,
             }
             arguments.json.write_text(json.dumps(numbers, indent=1) + "\n")

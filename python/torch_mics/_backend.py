@@ -24,7 +24,10 @@ Reasons = dict[str, str]  # by role
 
 @dataclasses.dataclass(frozen=True)
 class Properties:
-    """What holds for the collectives of a backend; docs/backends.md has them as a table."""
+    """What holds for the collectives of a backend; docs/backends.md has them as a table.
+
+    Communicator.sums_in_wire_dtype says of each communicator whether `precision` is that of the wire.
+    """
 
     sum_order: str = "rank order"
     precision: str = "fp32, rounded once"  # of sums

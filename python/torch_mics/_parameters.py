@@ -96,12 +96,17 @@ class ShardedParameters:
 
     @property
     def reduce_dtype(self) -> torch.dtype:
-        """The dtype in which gradients are reduced."""
-        return (
+        """The dtype in which gradients are reduced.
+
+        fp32 for fp16: a sum over ranks comes before the factor 1/n, and could overflow where the mean does
+        not, whether a backend rounds it once or at each addition.
+        """
+        asked = (
             self.policy.reduce_dtype
             if self._casts and self.policy.reduce_dtype
             else self.parameter_dtype
         )
+        return torch.float32 if asked == torch.float16 else asked
 
     @property
     def _casts(self) -> bool:

@@ -96,6 +96,9 @@ def _expect_equal(size: int, per_node: int, fakes: dict[str, Any], registration:
         assert "nccl" in carriers
         assert "nccl" not in other_carriers
         assert counts["launch"] > 0
+        # As FSDP2's: all streams but that of the replicas' sums.
+        assert (counts["pool_stream high"], counts["pool_stream"]) == (4, 1)
+        assert "synchronisation" not in counts
         for name, value in theirs.items():
             assert torch.equal(state[name], value), name
             assert not value.isnan().any(), name
@@ -135,6 +138,81 @@ def test_registered_memory_comes_to_the_same_bits(registration: str):
     for _, _, counts in found:
         assert counts["mem_alloc"] == 1
         assert counts.get("by a copy engine", 0) > 0 or not has_windows
+
+
+def _mean_of(rank: int, values: list[float], dtype: torch.dtype, as_nccl: bool) -> torch.Tensor:
+    """Gives the gradient of two weights that is `values[r]` on rank r, reduced in `dtype`."""
+    policy = mics.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype)
+    with over_fakes(rank, sums_in_fp32=not as_nccl):
+        torch.manual_seed(0)
+        model = mics.shard_model(nn.Linear(1, len(values), bias=False), mp_policy=policy)
+        model(torch.tensor([[values[rank]]])).sum().backward()
+        gradient: torch.Tensor = model.weight.grad.full_tensor().clone()
+    return gradient
+
+
+@pytest.mark.parametrize("as_nccl", [True, False])
+def test_fp16_gradients_whose_sum_overflows_come_to_their_mean(as_nccl: bool):
+    """As in one process: the sum of the ranks is 80000, beyond fp16."""
+    for gradient in run_ranks(2, _mean_of, [40000.0, 40000.0], torch.float16, as_nccl):
+        assert gradient.eq(40000).all()
+
+
+@pytest.mark.parametrize(("as_nccl", "mean"), [(True, 64), (False, 65)])
+def test_bf16_gradients_are_summed_as_the_backend_declares(as_nccl: bool, mean: float):
+    """256 + 1 is 256 in bf16; 259 in fp32 is rounded to 260."""
+    for gradient in run_ranks(4, _mean_of, [256.0, 1.0, 1.0, 1.0], torch.bfloat16, as_nccl):
+        assert gradient.eq(mean).all()
+
+
+def _calls_of_a_step(rank: int, shard_size: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Gives what NCCL was called with, and the launches of each communicator."""
+    with over_fakes(rank) as device:
+        model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+        model = mics.fully_shard(model, mesh=mics.init_mesh(shard_size, device_type="cpu"))
+        model(torch.ones(1, 3)).sum().backward()
+        before = mics.traffic(model)
+        device.take_counts()
+        model(torch.ones(1, 3)).sum().backward()
+        counts = device.take_counts()
+        launches = {
+            name: counters["calls"] - before[name]["calls"]
+            for name, counters in mics.traffic(model).items()
+        }
+    return counts, launches
+
+
+@pytest.mark.parametrize(("shard_size", "nodes"), [(4, 2), (2, 1)])
+def test_a_unit_is_one_group_with_a_call_for_each_node_and_parameter(shard_size: int, nodes: int):
+    """As docs/streams.md says."""
+    for counts, launches in run_ranks(4, _calls_of_a_step, shard_size, ranks_per_node=2):
+        gathers, reductions = launches["gather/intra"], launches["reduce/intra"]
+        assert gathers > 0
+        assert reductions > 0
+        rails = 1 if nodes > 1 else 0
+        assert counts["group_start"] == gathers + reductions
+        assert counts["all_gather"] == gathers * (nodes * 4 + rails)
+        assert counts["reduce_scatter"] == reductions * (nodes * 4 + rails)
+
+
+def _models_in_turn(rank: int) -> list[int]:
+    made = []
+    with over_fakes(rank) as device:
+        for _ in range(3):
+            model = mics.shard_model(make_gpt(blocks=1), shard_size=2)
+            loss(model, batch(0, 0, rank)).backward()
+            del model
+            gc.collect()
+            counts = device.take_counts()
+            made.append(counts.get("comm_init_rank_config", 0) + counts.get("comm_split", 0))
+            assert "comm_abort" not in counts
+    return made
+
+
+def test_models_that_come_and_go_use_the_communicators_of_those_before():
+    for made in run_ranks(4, _models_in_turn):
+        assert made[0] > 0
+        assert made[1:] == [0, 0]
 
 
 def _run_program(rank: int, shard_size: int, seed: int, registration: str) -> int:
