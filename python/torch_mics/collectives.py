@@ -66,7 +66,8 @@ class GroupCollectives:
     def reduce_scatter(self, piece: torch.Tensor, full: torch.Tensor) -> None:
         """Sums every rank's `full` and leaves this rank's part in `piece`.
 
-        Each hop sums in rank order in fp32 and rounds once.
+        Each hop sums as its backend does, for CPUs in rank order in fp32, rounded once; see
+        docs/backends.md. fp16 overflows where a sum does.
 
         Args:
             piece: [numel], contiguous.

@@ -9,6 +9,7 @@ import gc
 import itertools
 import os
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +23,10 @@ from torch.utils.checkpoint import checkpoint
 
 import torch_mics as mics
 from torch_mics import _C
+from torch_mics._context import contexts_of
+from torch_mics._groups import Groups
+from torch_mics._nccl import Nccl
+from torch_mics._unit import units_of
 
 pytestmark = needs_fakes
 
@@ -163,6 +168,43 @@ def test_bf16_gradients_are_summed_as_the_backend_declares(as_nccl: bool, mean: 
     """256 + 1 is 256 in bf16; 259 in fp32 is rounded to 260."""
     for gradient in run_ranks(4, _mean_of, [256.0, 1.0, 1.0, 1.0], torch.bfloat16, as_nccl):
         assert gradient.eq(mean).all()
+
+
+def _sums_in_wire_dtype(rank: int) -> set[bool]:
+    with over_fakes(rank):
+        model = mics.shard_model(make_gpt(blocks=1), shard_size=1)
+        loss(model, batch(0, 0, rank)).backward()
+        (context,) = contexts_of(units_of(model))
+        found = context.all_communicators()
+    return {each.sums_in_wire_dtype for each in found if each.size > 1}
+
+
+def test_a_communicator_sums_as_its_backend_declares():
+    assert "dtype sent" in Nccl.properties.precision
+    assert run_ranks(2, _sums_in_wire_dtype) == [{True}, {True}]
+
+
+def _memory(rank: int) -> dict[str, int]:
+    with over_fakes(rank, registration=_C.NcclRegistration.BUFFERS):
+        model = mics.shard_model(make_gpt(blocks=1), shard_size=2)
+        loss(model, batch(0, 0, rank)).backward()
+        planned = sum(mics.memory(model).values())
+        with (
+            mock.patch.object(Groups, "device", torch.device("cuda", 0)),
+            mock.patch.object(torch.cuda, "mem_get_info", return_value=(10**6, 10**8)),
+            mock.patch.object(torch.cuda, "memory_reserved", return_value=10**7),
+        ):
+            found = mics.memory(model)
+        # All that is in use and not torch's, each byte once: the plan is in memory of NCCL's.
+        assert sum(found.values()) == 10**8 - 10**6 - 10**7
+        assert found["outside torch"] == sum(found.values()) - planned
+        del model  # which holds memory of NCCL
+    return found
+
+
+def test_memory_that_torch_does_not_count_is_reported():
+    for found in run_ranks(2, _memory):
+        assert found["outside torch"] > 0
 
 
 def _calls_of_a_step(rank: int, shard_size: int) -> tuple[dict[str, int], dict[str, int]]:
