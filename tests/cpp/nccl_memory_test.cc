@@ -206,6 +206,15 @@ TEST(NcclMemory, WhatIsAskedForAndNotObtainedIsNoted) {
   EXPECT_EQ(notes_with(obtained, "window").size(), 0U);
 }
 
+TEST(NcclMemory, LaunchOrderIsNotedWhereTheLibraryKnowsIt) {
+  for (const int version : {22600, 22502}) {
+    NcclRanks ranks(4);
+    for (int rank = 0; rank < 4; ++rank) ranks.nccl(rank).set_version(version);
+    EXPECT_EQ(notes_with(ranks, "NCCL_LAUNCH_ORDER_IMPLICIT is not 1").size(),
+              version == 22600 ? 1U : 0U);
+  }
+}
+
 TEST(NcclMemory, OptionsThatDifferAreNamedOnEveryRank) {
   NcclRanks ranks(3);
   ranks.options(2).registration = kBuffers;

@@ -24,11 +24,9 @@ namespace mics {
 // Thread safety: any thread.
 class NcclHandle {
  public:
-  // `where`: "group gather/intra [0 1], world_rank=1", for messages. `name`: what was given to NCCL,
-  // which keeps the pointer.
-  NcclHandle(std::shared_ptr<NcclApi> nccl, std::string where,
-             std::shared_ptr<const std::string> name, ncclComm_t comm)
-      : nccl_(std::move(nccl)), where_(std::move(where)), name_(std::move(name)), comm_(comm) {}
+  // `where`: "group gather/intra [0 1], world_rank=1", for messages.
+  NcclHandle(std::shared_ptr<NcclApi> nccl, std::string where, ncclComm_t comm)
+      : nccl_(std::move(nccl)), where_(std::move(where)), comm_(comm) {}
 
   // A thread calls NCCL with the communicator. To be destroyed before the thread aborts it.
   class Use {
@@ -70,7 +68,6 @@ class NcclHandle {
 
   const std::shared_ptr<NcclApi> nccl_;
   const std::string where_;
-  const std::shared_ptr<const std::string> name_;
   mutable std::mutex mutex_;
   std::condition_variable unused_;
   // Guarded by mutex_.

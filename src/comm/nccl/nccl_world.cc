@@ -4,6 +4,8 @@
 #include <array>
 #include <cstdlib>
 #include <map>
+#include <mutex>
+#include <set>
 #include <sstream>
 #include <torch/csrc/distributed/c10d/Store.hpp>
 #include <utility>
@@ -19,6 +21,8 @@ namespace mics {
 
 namespace {
 
+// The first NCCL that knows NCCL_LAUNCH_ORDER_IMPLICIT.
+constexpr int kFirstLaunchOrder = 22600;
 // Between the two lists of a member's answer. In no topic.
 constexpr char kSplits = '|';
 
@@ -81,6 +85,15 @@ void set_zero_ctas(ncclConfig_t& config) { config.CTAPolicy = NCCL_CTA_POLICY_ZE
 constexpr bool kHasZeroCtas = false;
 void set_zero_ctas(ncclConfig_t& /*config*/) {}
 #endif
+
+// A copy that is never freed, one for each name: NCCL keeps the pointer, also while it aborts a
+// non-blocking communicator on a thread of its own.
+const char* lasting_name(const std::string& name) {
+  static std::mutex mutex;
+  static auto* const names = new std::set<std::string>();
+  const std::lock_guard<std::mutex> lock(mutex);
+  return names->insert(name).first->c_str();
+}
 
 // Waits for the keys of all `ranks`, and gives their values.
 std::vector<std::string> wait_for_all(c10d::Store& store, const std::string& topic,
@@ -148,10 +161,9 @@ class NcclWorldOfRank final : public NcclWorld {
     const Made* parent = common(answers, /*is_free=*/false);
 
     const std::string where = "group " + name + ", world_rank=" + std::to_string(options_.rank);
-    const auto comm_name = std::make_shared<const std::string>("mics/" + group.name);
     ncclComm_t comm = start(group, topic, parent == nullptr ? nullptr : parent->handle.get(),
-                            only_gathers, *comm_name, where);
-    const auto handle = std::make_shared<NcclHandle>(nccl_, where, comm_name, comm);
+                            only_gathers, where);
+    const auto handle = std::make_shared<NcclHandle>(nccl_, where, comm);
     const auto in_flight = std::make_shared<InFlight>(context_, where);
     watchdog_->watch(handle, in_flight);
     made_.push_back({topic, kind, group.world_ranks, handle, in_flight, {}});
@@ -188,7 +200,8 @@ class NcclWorldOfRank final : public NcclWorld {
   std::vector<std::string> notes() const override {
     std::vector<std::string> notes;
     int version = 0;
-    if (nccl_->get_version(&version) == ncclSuccess && version < NCCL_VERSION_CODE) {
+    if (nccl_->get_version(&version) != ncclSuccess) version = NCCL_VERSION_CODE;
+    if (version < NCCL_VERSION_CODE) {
       notes.push_back("NCCL " + version_text(version) + " is loaded, older than the headers of " +
                       version_text(NCCL_VERSION_CODE) + ": newer settings have no effect");
     }
@@ -198,7 +211,8 @@ class NcclWorldOfRank final : public NcclWorld {
           "CUDA_DEVICE_MAX_CONNECTIONS=1 keeps collectives from running beside compute: unset it");
     }
     const char* implicit = std::getenv("NCCL_LAUNCH_ORDER_IMPLICIT");
-    if (implicit == nullptr || std::string(implicit) != "1") {
+    const bool is_ordered = implicit != nullptr && std::string(implicit) == "1";
+    if (version >= kFirstLaunchOrder && !is_ordered) {
       notes.emplace_back(
           "NCCL_LAUNCH_ORDER_IMPLICIT is not 1: set it in the environment of every rank, so that "
           "the device keeps the order of launches of several communicators");
@@ -235,14 +249,14 @@ class NcclWorldOfRank final : public NcclWorld {
 
   // A collective: every member calls it for `topic`. `parent` may be null.
   ncclComm_t start(const GroupInfo& group, const std::string& topic, NcclHandle* parent,
-                   bool only_gathers, const std::string& comm_name, const std::string& where) {
+                   bool only_gathers, const std::string& where) {
     check_cuda(*context_->cuda, context_->cuda->set_device(options_.device), "cudaSetDevice");
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
     config.blocking = options_.is_blocking ? 1 : 0;
     config.splitShare = 0;  // children that share resources run one after the other
     if (options_.max_ctas > 0) config.maxCTAs = options_.max_ctas;
     if (options_.copy_engine && only_gathers) set_zero_ctas(config);
-    config.commName = comm_name.c_str();
+    config.commName = lasting_name("mics/" + group.name);
 
     const auto deadline = std::chrono::steady_clock::now() + options_.init_timeout;
     ncclComm_t comm = nullptr;
