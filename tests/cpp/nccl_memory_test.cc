@@ -18,6 +18,7 @@ namespace {
 using testing::Case;
 using testing::errors_of;
 using testing::expect_bitwise_equal;
+using testing::FakeCuda;
 using testing::group_of;
 using testing::has;
 using testing::kMicroSteps;
@@ -52,6 +53,19 @@ TEST(PoisonedMemory, HoldsNoNumbers) {
   EXPECT_TRUE(at::empty({3}).isnan().all().item<bool>());
   EXPECT_TRUE(at::empty({3}, at::kBFloat16).isnan().all().item<bool>());
   EXPECT_TRUE((at::empty({3}, at::kLong) == -1).all().item<bool>());
+}
+
+TEST(FakeCuda, CopyFromMemoryThatIsNotPinnedIsASynchronisation) {
+  NcclRanks ranks(1);
+  FakeCuda& cuda = ranks.cuda(0);
+  for (const bool is_pinned : {true, false}) {
+    const at::Tensor from = is_pinned ? cuda.allocate_pinned(8) : at::empty({8}, at::kByte);
+    from.fill_(7);
+    const at::Tensor to = at::zeros({8}, at::kByte);
+    cuda.copy_from_host(to, from, nullptr, 0);
+    EXPECT_TRUE(at::equal(to, from));
+    EXPECT_EQ(cuda.take_counts()["synchronisation"], is_pinned ? 0 : 1);
+  }
 }
 
 TEST(NcclMemory, TrainingInRegisteredMemoryGivesTheSameBits) {
