@@ -80,12 +80,13 @@ void bind_optim(py::module_& module) {
   module.def(
       "adamw_step",
       [](const std::vector<AdamWRun>& runs, const std::vector<double>& steps, double lr,
-         double beta1, double beta2, double eps, double weight_decay, bool maximize) {
-        adamw_step(runs, steps, {lr, beta1, beta2, eps, weight_decay, maximize});
+         double beta1, double beta2, double eps, double weight_decay, bool maximize, bool fused) {
+        adamw_step(runs, steps, {lr, beta1, beta2, eps, weight_decay, maximize, fused});
       },
-      "One step of AdamW, bit for bit as torch's single-tensor form.", py::arg("runs"),
-      py::arg("steps"), py::kw_only(), py::arg("lr"), py::arg("beta1"), py::arg("beta2"),
-      py::arg("eps"), py::arg("weight_decay"), py::arg("maximize"), Release());
+      "One step of AdamW, bit for bit as torch's single-tensor form or its fused one.",
+      py::arg("runs"), py::arg("steps"), py::kw_only(), py::arg("lr"), py::arg("beta1"),
+      py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("maximize"),
+      py::arg("fused"), Release());
 
   module.def(
       "sgd_step",

@@ -923,8 +923,9 @@ def adamw_step(
     eps: float,
     weight_decay: float,
     maximize: bool,
+    fused: bool,
 ) -> None:
-    """One step of AdamW, bit for bit as torch's single-tensor form."""
+    """One step of AdamW, bit for bit as torch's single-tensor form or its fused one."""
 
 def sgd_step(
     runs: Sequence[SgdRun],

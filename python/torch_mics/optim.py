@@ -87,6 +87,9 @@ class AdamW(_FlatOptimizer, torch.optim.AdamW):
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize: as torch.optim.AdamW. A tensor as `lr`
             is read at every step.
+        fused: one launch of torch's fused kernel for all units, which reads and writes each state once;
+            its values differ in the last bits. None: on CUDA, where operation after operation would move
+            the state many times; not on a CPU, where blocks of it stay in the cache.
     """
 
     _torch_class = torch.optim.AdamW
@@ -102,6 +105,7 @@ class AdamW(_FlatOptimizer, torch.optim.AdamW):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        fused: bool | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -112,6 +116,9 @@ class AdamW(_FlatOptimizer, torch.optim.AdamW):
             amsgrad=amsgrad,
             maximize=maximize,
         )
+        # Not by torch's constructor, which would let a gradient scaler leave its work to step().
+        for options in (self.defaults, *self.param_groups):
+            options["fused"] = fused
 
     def _keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else []))
@@ -127,6 +134,9 @@ class AdamW(_FlatOptimizer, torch.optim.AdamW):
 
     def _step_group(self, group: dict[str, Any], flat: Group) -> None:
         beta1, beta2 = group["betas"]
+        fused = group["fused"]
+        if fused is None:
+            fused = flat.runs[0].parameter.is_cuda
         _C.adamw_step(
             flat.handles,
             [steps + 1 for steps in flat.steps],
@@ -136,6 +146,7 @@ class AdamW(_FlatOptimizer, torch.optim.AdamW):
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
+            fused=fused,
         )
 
 

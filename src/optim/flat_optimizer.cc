@@ -2,8 +2,10 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ScalarOps.h>
+#include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/maximum.h>
 #include <ATen/ops/neg.h>
 #include <ATen/ops/sqrt.h>
@@ -134,6 +136,50 @@ void step_block(const SgdRun& run, bool is_first, const at::Tensor& momentum,
   parameter.add_(gradient, -options.lr);
 }
 
+// Runs of one device and dtype, as the kernel takes them.
+struct FusedLists {
+  std::vector<at::Tensor> parameters;
+  std::vector<at::Tensor> gradients;
+  std::vector<at::Tensor> exp_avgs;
+  std::vector<at::Tensor> exp_avg_sqs;
+  std::vector<at::Tensor> max_exp_avg_sqs;
+  std::vector<at::Tensor> steps;  // [], fp32, on the device: made once for runs of one age
+  double last_step = 0.0;
+};
+
+void fused_step(const std::vector<AdamWRun>& runs, const std::vector<double>& steps,
+                const AdamWOptions& options) {
+  std::vector<FusedLists> lists;
+  for (size_t i = 0; i < runs.size(); ++i) {
+    const AdamWRun& run = runs[i];
+    note_write(run.parameter);
+    if (run.parameter.numel() == 0) continue;
+    const auto fits = [&](const FusedLists& list) {
+      const at::Tensor& first = list.parameters.front();
+      return first.device() == run.parameter.device() && first.dtype() == run.parameter.dtype() &&
+             list.max_exp_avg_sqs.empty() == !run.max_exp_avg_sq.defined();
+    };
+    auto list = std::find_if(lists.begin(), lists.end(), fits);
+    if (list == lists.end()) list = lists.insert(lists.end(), FusedLists());
+    const bool has_step = !list->steps.empty() && list->last_step == steps[i];
+    list->last_step = steps[i];
+    list->steps.push_back(has_step
+                              ? list->steps.back()
+                              : at::full({}, steps[i], run.parameter.options().dtype(at::kFloat)));
+    list->parameters.push_back(run.parameter);
+    list->gradients.push_back(run.gradient);
+    list->exp_avgs.push_back(run.exp_avg);
+    list->exp_avg_sqs.push_back(run.exp_avg_sq);
+    if (run.max_exp_avg_sq.defined()) list->max_exp_avg_sqs.push_back(run.max_exp_avg_sq);
+  }
+  for (const FusedLists& list : lists) {
+    at::_fused_adamw_(list.parameters, list.gradients, list.exp_avgs, list.exp_avg_sqs,
+                      list.max_exp_avg_sqs, list.steps, options.lr, options.beta1, options.beta2,
+                      options.weight_decay, options.eps, !list.max_exp_avg_sqs.empty(),
+                      options.maximize);
+  }
+}
+
 }  // namespace
 
 void adamw_step(const std::vector<AdamWRun>& runs, const std::vector<double>& steps,
@@ -141,13 +187,16 @@ void adamw_step(const std::vector<AdamWRun>& runs, const std::vector<double>& st
   MICS_INTERNAL_CHECK(steps.size() == runs.size(), "one step number per run.");
   const c10::InferenceMode no_inference(false);
   const c10::NoGradGuard no_grad;
+  for (const AdamWRun& run : runs) {
+    check_lengths(run.parameter,
+                  {run.parameter, run.gradient, run.exp_avg, run.exp_avg_sq, run.max_exp_avg_sq});
+  }
+  if (options.fused) return fused_step(runs, steps, options);
   AdamWNumbers numbers(options);
   BlockScratch gradient_scratch;
   BlockScratch denominator_scratch;
   for (size_t i = 0; i < runs.size(); ++i) {
     const AdamWRun& run = runs[i];
-    check_lengths(run.parameter,
-                  {run.parameter, run.gradient, run.exp_avg, run.exp_avg_sq, run.max_exp_avg_sq});
     numbers.set_step(steps[i], options);
     note_write(run.parameter);
     const int64_t numel = run.parameter.numel();

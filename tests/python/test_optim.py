@@ -19,11 +19,13 @@ from support.optimizers import (
     step_twins,
     theirs,
 )
+from support.races import watched
 from support.values import assert_same
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from torch_mics import _C
+from torch_mics._unit import units_of
 
 # --- numbers --------------------------------------------------------------------------------------
 
@@ -43,6 +45,36 @@ def test_parameter_groups_have_options_of_their_own(world: World, case: tuple[st
 @on_ranks(2, 4)
 def test_double_precision(world: World):
     assert_same(*step_twins(world, "AdamW", {}, prepare=nn.Module.double))
+
+
+@on_ranks(1, 2, cases=[{}, {"weight_decay": 0.3, "amsgrad": True, "maximize": True}])
+def test_fused_numbers_are_those_of_torchs_fused_kernel(world: World, options: dict[str, Any]):
+    # The kernel rounds an element by where it lies in a vector register, so the last bits may differ.
+    found, right = step_twins(world, "AdamW", {"fused": True, **options}, params=by_dimension)
+    assert found.keys() == right.keys()
+    for name, value in right.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-8, check_dtype=True)
+    unfused, _ = step_twins(world, "AdamW", {"fused": False, **options}, params=by_dimension)
+    for name, value in unfused.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+
+
+@on_ranks(2)
+def test_fused_step_is_one_launch_and_leaves_the_scaler_its_work(world: World):
+    model = shard(world, make(Stack))
+    optimizer = ours("AdamW", model.parameters(), fused=True)
+    model(points(world.rank, 0)).square().mean().backward()
+    optimizer.step()  # makes the state
+    with watched() as detector:
+        optimizer.step()
+    moved = detector.moved_nbytes
+    assert "aten::_fused_adamw_" in moved
+    assert moved["aten::_fused_adamw_"] > 4 * (sum(moved.values()) - moved["aten::_fused_adamw_"])
+    nbytes = sum(parameter.to_local().nbytes for parameter in model.parameters())
+    aligned = sum(unit.shard.nbytes for unit in units_of(model))
+    # Parameter, gradient and two states; what is written was counted when it was read.
+    assert 4 * nbytes <= moved["aten::_fused_adamw_"] <= 4 * aligned
+    assert not getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 @on_ranks(2)

@@ -35,8 +35,10 @@ def by_dimension(model: nn.Module) -> Any:
 
 
 def theirs(name: str, params: Any, **options: Any) -> torch.optim.Optimizer:
-    """torch's, in its single-tensor form."""
-    return getattr(torch.optim, name)(params, foreach=False, **options)
+    """torch's, in its single-tensor form unless `options` ask for the fused one."""
+    if not options.get("fused"):
+        options["foreach"] = False
+    return getattr(torch.optim, name)(params, **options)
 
 
 def ours(name: str, params: Any, **options: Any) -> torch.optim.Optimizer:
