@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from torch_mics._random_state import RandomState, random_state
+
 _META = torch.device("meta")
 _FROM_DATA = (torch.tensor, torch.as_tensor, torch.asarray)
 
@@ -38,16 +40,16 @@ class Operation:
     """One operation of construction.
 
     Attributes:
-        state: the random state before it, if that was set since the last operation.
-        after: the random state after it, if it drew numbers for a tensor outside the meta device.
+        state: the random states before it, if one was set since the last operation.
+        after: the random states after it, if it drew numbers for a tensor outside the meta device.
     """
 
     function: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: list[View | None]
-    state: bytes | None
-    after: bytes | None
+    state: RandomState | None
+    after: RandomState | None
 
 
 class MetaDevice:
@@ -173,14 +175,3 @@ class _FromData(TorchFunctionMode):
         requires_grad = kwargs.pop("requires_grad", False)
         made = func(*args, **{**kwargs, "device": "cpu"}).to(_META)
         return made.requires_grad_() if requires_grad else made
-
-
-def random_state() -> bytes:
-    """Gives the random state of the CPU."""
-    state: bytes = torch.get_rng_state().numpy().tobytes()
-    return state
-
-
-def set_random_state(state: bytes) -> None:
-    """Sets the random state of the CPU."""
-    torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))

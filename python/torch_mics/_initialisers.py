@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from torch_mics._construction import Construction, meta_device
+from torch_mics._exchange import check_same
 from torch_mics._first_values import FirstValues, Loose
 from torch_mics._parameters import Place
-from torch_mics._replay import RandomStream, Replay
+from torch_mics._random_state import RandomState, RandomStream
+from torch_mics._replay import Replay
 from torch_mics._standins import Slot
 from torch_mics._unit import original_class
 
@@ -25,7 +27,8 @@ def run_initialisers(
     model: nn.Module,
     values: FirstValues,
     init_fn: Callable[[nn.Module], None] | None,
-    starts: list[bytes],
+    starts: list[RandomState],
+    stream: RandomStream,
 ) -> None:
     """Runs what one process would run, on stand-ins: first construction, then initialisation.
 
@@ -33,11 +36,11 @@ def run_initialisers(
         model: the root module.
         values: its parameters and buffers.
         init_fn: takes the place of the model's own initialisers.
-        starts: rank 0's random state at the start of each construction.
+        starts: rank 0's random states at the start of each construction.
+        stream: of the whole call.
     """
     order = _children_first(model)
     waiting = _with_work_below(order, values.unfilled)
-    stream = RandomStream()
     for construction, start in zip(values.constructions(), starts, strict=True):
         _play(values, construction, stream, start)
     if init_fn is not None:
@@ -133,7 +136,7 @@ def _take_from_twin(
 
 
 def _play(
-    values: FirstValues, construction: Construction, stream: RandomStream, start: bytes
+    values: FirstValues, construction: Construction, stream: RandomStream, start: RandomState
 ) -> None:
     replay = Replay(construction, values.device)
     slots = [
@@ -145,6 +148,8 @@ def _play(
     ]
     buffers = [b for b in values.buffers if b.before.is_meta and replay.keep(b.before)]
     loose = {id(t) for item in values.loose for t in item.tensors if replay.keep(t)}
+    # Drawn from a rank's own generator outside the meta device, say: they cannot be made again.
+    check_same("what constructors bring to parameters", {"digest of values": replay.digest()})
     replay.play(stream, start)
     for slot in slots:
         slot.is_recorded = not slot.is_incomplete

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import base64
+import contextlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from torch_mics._construction import random_state, set_random_state
 from torch_mics._exchange import exchange
 from torch_mics._first_values import FirstValues
 from torch_mics._initialisers import construct_again, run_initialisers
 from torch_mics._module import sharded_module
+from torch_mics._random_state import (
+    RandomState,
+    RandomStream,
+    drawing_device,
+    random_state,
+    set_random_state,
+)
 from torch_mics._unit import units_of
 
 _log = logging.getLogger("torch_mics")
@@ -30,10 +36,12 @@ def materialize(
 ) -> None:
     """Allocates the shards and gives them the values that building the model in one process gives.
 
-    What was built under meta_device() is built again, from the random state that rank 0 had there. For
-    the rest, every rank runs the initialisers on full parameters, from the random state that rank 0 has
-    now, and keeps its rows, so the values are the same for every partition size. A parameter is full only
-    while it is worked on; those that are full at a time take no more memory than the largest unit.
+    That process builds it on the device of the shards. What was built under meta_device() is built again,
+    from the random states of CPU and device that rank 0 had there. For the rest, every rank runs the
+    initialisers on full parameters, from the random states that rank 0 has now, and keeps its rows, so the
+    values are the same for every partition size. Afterwards the generators are where that process would
+    have them; on a rank whose states differed from rank 0's they are where they were. A parameter is full
+    only while it is worked on; those that are full at a time take no more memory than the largest unit.
     Parameters and buffers that are not on the meta device keep their values. Collective.
 
     Args:
@@ -46,7 +54,9 @@ def materialize(
 
     Raises:
         ValueError: no initialiser writes a tensor, or the constructor wrote to it more often than the
-            initialisers do. All such tensors are named, on every rank; nothing has been changed.
+            initialisers do. All such tensors are named, on every rank; nothing has been changed. Or a
+            constructor took values for a parameter from outside the meta device, and they differ
+            between ranks.
     """
     sharded_module(model, "materialize")
     units = units_of(model)
@@ -56,9 +66,8 @@ def materialize(
     if not values.is_needed:
         return
     try:
-        starts = _take_random_states(target, [c.start for c in values.constructions()])
-        with torch.no_grad():
-            run_initialisers(model, values, init_fn, starts)
+        with torch.no_grad(), _random_states_of_rank_0(target, values) as (stream, starts):
+            run_initialisers(model, values, init_fn, starts, stream)
             values.finish()
             problems = _of_all_ranks(values.problems(checks_writes=init_fn is None))
             if any(problems.values()) and init_fn is None:
@@ -92,21 +101,36 @@ def _check_ignored(model: nn.Module) -> None:
         )
 
 
-def _take_random_states(device: torch.device, starts: list[bytes]) -> list[bytes]:
-    """Sets the random states of this rank to those of rank 0, and gives rank 0's `starts`."""
-    states = [random_state(), *starts]
-    on_device = device.type not in ("cpu", "meta")
-    if on_device:
-        state = torch.get_device_module(device).get_rng_state(device)
-        states.append(state.numpy().tobytes())
-    texts = json.dumps([base64.b64encode(state).decode() for state in states])
+@contextlib.contextmanager
+def _random_states_of_rank_0(
+    target: torch.device, values: FirstValues
+) -> Iterator[tuple[RandomStream, list[RandomState]]]:
+    """Inside, this rank draws what rank 0 draws. A rank that had other states gets its own back after it.
+
+    Gives the stream, and rank 0's states at the start of each construction.
+    """
+    device = drawing_device(target)
+    mine = random_state(device)
+    states = [mine, *(construction.start for construction in values.constructions())]
+    texts = json.dumps([state.to_json() for state in states])
     answers = exchange("the random state in a call of materialize", texts)
-    first = [base64.b64decode(text) for text in json.loads(answers[0])]
-    set_random_state(first[0])
-    if on_device:
-        state = torch.frombuffer(bytearray(first[-1]), dtype=torch.uint8)
-        torch.get_device_module(device).set_rng_state(state, device)
-    return first[1 : 1 + len(starts)]
+    first, *starts = map(RandomState.from_json, json.loads(answers[0]))
+    set_random_state(first, device)
+    stream = RandomStream(device)
+    try:
+        yield stream, starts[: len(states) - 1]
+        stream.go_on_at(first)
+    except BaseException:
+        set_random_state(mine, device)
+        raise
+    now = random_state(device)
+    set_random_state(
+        RandomState(
+            cpu=now.cpu if mine.cpu == first.cpu else mine.cpu,
+            device=now.device if mine.device == first.device else mine.device,
+        ),
+        device,
+    )
 
 
 def _of_all_ranks(problems: dict[str, list[str]]) -> dict[str, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,9 +14,8 @@ from torch_mics._construction import (
     MetaDevice,
     Operation,
     View,
-    random_state,
-    set_random_state,
 )
+from torch_mics._random_state import RandomState, RandomStream
 from torch_mics._standins import Slot, poison
 
 _EMPTY = (
@@ -25,31 +25,6 @@ _EMPTY = (
     torch.ops.aten.new_empty.default,
     torch.ops.aten.new_empty_strided.default,
 )
-
-
-class RandomStream:
-    """The random states of one process that runs all constructions, one after the other.
-
-    On the meta device nothing is drawn, so a recording may return to a state that it has left. The replay
-    then goes on from where it left that state.
-    """
-
-    def __init__(self) -> None:
-        self._left: dict[bytes, bytes] = {}
-        self._noted: bytes | None = None
-
-    def go_to(self, noted: bytes) -> None:
-        """Sets the state that corresponds to the one noted on the meta device."""
-        if noted == self._noted:
-            return
-        if self._noted is not None:
-            self._left[self._noted] = random_state()
-        set_random_state(self._left.get(noted, noted))
-        self._noted = noted
-
-    def is_at(self, noted: bytes) -> None:
-        """Says that the present state corresponds to the one noted: both processes have drawn."""
-        self._noted = noted
 
 
 class Replay:
@@ -85,7 +60,20 @@ class Replay:
         self._kept.add(view.storage)
         return True
 
-    def play(self, stream: RandomStream | None, start: bytes | None = None) -> None:
+    def digest(self) -> str:
+        """Hashes what slots get from outside the meta device: tensors made elsewhere, and numbers."""
+        hashed = hashlib.sha256()
+        wanted = {*self._slots, *(view.storage for _, view in self._late)}
+        for operation in _needed(self.construction.operations, wanted):
+            for value in tree_flatten((operation.args, operation.kwargs))[0]:
+                if isinstance(value, torch.Tensor):
+                    flat = value.detach().cpu().contiguous().reshape(-1)
+                    hashed.update(flat.view(torch.uint8).numpy().tobytes())
+                elif isinstance(value, int | float | complex):
+                    hashed.update(repr(value).encode())
+        return hashed.hexdigest()[:16]
+
+    def play(self, stream: RandomStream | None, start: RandomState | None = None) -> None:
         """Runs the operations: all of them with a stream, without one only those that are needed."""
         operations = self.construction.operations
         if stream is None:

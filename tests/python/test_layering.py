@@ -140,8 +140,8 @@ ROOMS = (
     ),
     Room(
         "tests/python/csrc",
-        (STD, "mics/*", "support/*", "torch/csrc/*", "pybind11/*", *TORCH),
-        "tests/python/csrc binds the fakes of tests/cpp/support",
+        (STD, BESIDE, "mics/*", "support/*", "torch/csrc/*", "torch/library.h", "pybind11/*", *TORCH),
+        "tests/python/csrc binds the fakes of tests/cpp/support, and has a device for torch",
     ),
     Room(
         "tests/cpp",

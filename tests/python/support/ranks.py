@@ -60,13 +60,14 @@ def _serve(rank: int, world_size: int, connection: Connection) -> None:
     torch.set_num_threads(1)
     while True:
         request = pickle.loads(connection.recv_bytes())
-        function, args, node, path, initialise = request
+        function, args, node, path, initialise, device = request
         os.environ["MICS_NODE_ID"] = node
         outcome = Outcome()
         try:
+            backend = "gloo" if device == "cpu" else _backend_of_fake_device()
             if initialise:
                 dist.init_process_group(
-                    "gloo", init_method=f"file://{path}", rank=rank, world_size=world_size
+                    backend, init_method=f"file://{path}", rank=rank, world_size=world_size
                 )
             outcome.value = function(rank, *args)
         except BaseException as error:
@@ -79,6 +80,13 @@ def _serve(rank: int, world_size: int, connection: Connection) -> None:
             time.sleep(0.01)
             dist.destroy_process_group()
             _forget_meshes()
+
+
+def _backend_of_fake_device() -> str:
+    from support import fake_device
+
+    fake_device.install()
+    return fake_device.BACKEND
 
 
 def _forget_meshes() -> None:
@@ -142,6 +150,7 @@ def run_outcomes(
     ranks_per_node: int | None = None,
     nodes: list[str] | None = None,
     initialise: bool = True,
+    device: str = "cpu",
     timeout: float = TIMEOUT_SECONDS,
 ) -> list[Outcome]:
     """Runs `function(rank, *args)` on every rank and gives what each came to, errors included.
@@ -150,6 +159,7 @@ def run_outcomes(
         ranks_per_node: node of rank r is r // ranks_per_node; by default all are on one.
         nodes: the node of each rank, instead.
         initialise: make the default process group first.
+        device: "cpu", or "fakegpu" to have that device and collectives of its tensors too.
         timeout: seconds until the ranks are killed.
 
     Raises:
@@ -163,7 +173,7 @@ def run_outcomes(
         path = os.path.join(directory, "store")
         for rank, connection in enumerate(pool.connections):
             # Plain bytes: Connection.send() would pass every tensor as a file descriptor.
-            request = (function, args, nodes[rank], path, initialise)
+            request = (function, args, nodes[rank], path, initialise, device)
             connection.send_bytes(pickle.dumps(request))
         outcomes = []
         deadline = time.monotonic() + timeout
