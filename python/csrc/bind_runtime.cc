@@ -27,6 +27,20 @@ struct OwnedUnit {
   Unit unit;
 };
 
+// What RuntimeMemory says of itself at one moment. It goes with release_memory(), this stays.
+struct MemoryReport {
+  std::vector<MemoryPart> parts;
+  int64_t nbytes;
+  int64_t num_grown;
+  int64_t grown_nbytes;
+};
+
+MemoryReport report_memory(Engine& engine) {
+  const py::gil_scoped_release no_gil;
+  const RuntimeMemory& memory = engine.memory();
+  return {memory.parts(), memory.nbytes(), memory.num_grown(), memory.grown_nbytes()};
+}
+
 std::shared_ptr<Unit> make_unit(std::string name, std::vector<UnitParameter> parameters,
                                 at::Tensor shard, at::Tensor gradient,
                                 at::ScalarType parameter_dtype, at::ScalarType reduce_dtype,
@@ -195,12 +209,13 @@ void bind_runtime(py::module_& module) {
       .def_readonly("count", &MemoryPart::count)
       .def_readonly("nbytes", &MemoryPart::nbytes);
 
-  py::class_<RuntimeMemory>(module, "RuntimeMemory",
-                            "The buffers that the runtime works in, cut from one allocation.")
-      .def_property_readonly("parts", &RuntimeMemory::parts)
-      .def_property_readonly("nbytes", &RuntimeMemory::nbytes)
-      .def_property_readonly("num_grown", &RuntimeMemory::num_grown)
-      .def_property_readonly("grown_nbytes", &RuntimeMemory::grown_nbytes);
+  py::class_<MemoryReport>(
+      module, "MemoryReport",
+      "What the runtime works in, one allocation, as it was when the engine was asked.")
+      .def_readonly("parts", &MemoryReport::parts)
+      .def_readonly("nbytes", &MemoryReport::nbytes)
+      .def_readonly("num_grown", &MemoryReport::num_grown)
+      .def_readonly("grown_nbytes", &MemoryReport::grown_nbytes);
 
   py::class_<Engine, std::shared_ptr<Engine>>(
       module, "Engine", "Runs the units of one root module through forward and backward.")
@@ -270,8 +285,7 @@ void bind_runtime(py::module_& module) {
            "Drops the unit's gradients that are not visible.", py::arg("unit"), Release())
       .def("release_memory", &Engine::release_memory,
            "Frees the runtime's memory until the next gather.", Release())
-      .def("memory", &Engine::memory, "The runtime's memory, planned if it is not there.",
-           py::return_value_policy::reference_internal, Release())
+      .def("memory", &report_memory, "The runtime's memory now, planned if it is not there.")
       .def_property_readonly("num_order_changes", &Engine::num_order_changes)
       .def("exposed", &Engine::exposed, "Time that the calling thread has waited for the unit.",
            py::arg("unit"))

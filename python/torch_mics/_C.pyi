@@ -778,8 +778,8 @@ class MemoryPart:
     @property
     def nbytes(self) -> int: ...
 
-class RuntimeMemory:
-    """The buffers that the runtime works in, cut from one allocation."""
+class MemoryReport:
+    """What the runtime works in, one allocation, as it was when the engine was asked."""
 
     @property
     def parts(self) -> list[MemoryPart]: ...
@@ -847,8 +847,8 @@ class Engine:
         """Drops the unit's gradients that are not visible."""
     def release_memory(self) -> None:
         """Frees the runtime's memory until the next gather."""
-    def memory(self) -> RuntimeMemory:
-        """The runtime's memory, planned if it is not there."""
+    def memory(self) -> MemoryReport:
+        """The runtime's memory now, planned if it is not there."""
     @property
     def num_order_changes(self) -> int: ...
     def exposed(self, unit: int) -> ExposedTime:

@@ -86,7 +86,7 @@ def _introduce(group: dist.ProcessGroup) -> None:
     two groups, on the threads of two streams, ended the process now and then.
     """
     if any(device.type == "cpu" for device in group._device_types):
-        dist.all_reduce(torch.zeros(1), group=group)
+        dist.all_reduce(torch.zeros(1, device="cpu"), group=group)
 
 
 class C10d(Backend):

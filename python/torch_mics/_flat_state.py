@@ -167,7 +167,8 @@ class FlatState:
         self._make_handle = make_handle
         self._counts_steps = counts_steps
         self._groups: list[Group] = []
-        self._counters = torch.zeros(0)
+        # On the CPU, as torch's, whatever the default device: the host reads them in every step.
+        self._counters = torch.zeros(0, device="cpu")
         self._is_stepped = self._counters  # 1 where the parameter is in a run
         # What the runs depend on, as it was when they were found.
         self._shards: list[tuple[weakref.ref[ShardedUnit], torch.Tensor]] = []
@@ -223,7 +224,7 @@ class FlatState:
             found.append((parameters, parts, rest))
         self._shards = [(weakref.ref(unit), unit.shard) for unit in units.values()]
         self._parameters = [p for _, parts, _ in found for part in parts for p in part]
-        self._counters = torch.zeros(len(self._parameters), dtype=_counter_dtype())
+        self._counters = torch.zeros(len(self._parameters), dtype=_counter_dtype(), device="cpu")
         self._groups = []
         first = 0
         for parameters, parts, rest in found:
@@ -255,7 +256,8 @@ class FlatState:
         self._entries = list(state.values())
         self._gradients = [gradient for segment in segments for gradient in segment.gradients]
         self._bound = [triple for segment in segments for triple in segment.bound]
-        self._is_stepped = torch.tensor([float(g is not None) for g in self._gradients])
+        is_stepped = [float(g is not None) for g in self._gradients]
+        self._is_stepped = torch.tensor(is_stepped, device="cpu")
         self._read_steps()
 
     def _read_steps(self) -> bool:

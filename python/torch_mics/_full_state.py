@@ -14,7 +14,7 @@ from torch_mics._exchange import all_or_none, exchange, together
 from torch_mics._module import sharded_module
 from torch_mics._parameters import wrap
 from torch_mics._state_dict_hooks import plain_name
-from torch_mics._unit import units_of
+from torch_mics._unit import unit_of_parameter, units_of
 
 
 def full_state_dict(
@@ -110,15 +110,42 @@ def load_full_state_dict(
     state = {plain_name(name): value for name, value in state.items()}
     exchange("a call of load_full_state_dict", "")
     _check_fits(model, state, broadcast=broadcast, strict=strict)
+    broadcast = broadcast and dist.get_world_size() > 1
+    mine = model.state_dict(keep_vars=True)
+    # torch would bring all full tensors to the device before it takes the first; it must, from rank 0 to
+    # the others and to parameters without memory, and then does so one by one.
+    cuts = not broadcast and not any(unit.shard.is_meta for unit in units_of(model))
+    if cuts:
+        state = {**state, **_cut(mine, state)}
     options = StateDictOptions(
-        full_state_dict=True,
-        broadcast_from_rank0=broadcast and dist.get_world_size() > 1,
-        strict=strict,
+        full_state_dict=not cuts, broadcast_from_rank0=broadcast, strict=strict
     )
     with all_or_none("load_full_state_dict"):
         set_model_state_dict(model, state, options=options)
     for unit in units_of(model):
         unit.reshard()
+
+
+def _cut(mine: dict[str, Any], state: dict[str, Any]) -> dict[str, DTensor]:
+    """Gives this rank's rows of the full tensors in `state`, where they are now, as DTensors."""
+    found = {}
+    for key, parameter in mine.items():
+        full = state.get(plain_name(key))
+        unit = unit_of_parameter(parameter) if isinstance(parameter, DTensor) else None
+        if unit is None or not isinstance(full, torch.Tensor) or isinstance(full, DTensor):
+            continue
+        index = next(i for i, each in enumerate(unit.parameters) if each.sharded is parameter)
+        first, last = unit.layout().rows_of(index, unit.partition_rank)
+        made = wrap(
+            parameter.to_local().detach(),
+            parameter.device_mesh,
+            parameter.placements,
+            parameter.shape,
+        )
+        # from_local() would bring it to the mesh's device.
+        made._local_tensor = full.detach()[first:last]
+        found[plain_name(key)] = made
+    return found
 
 
 def _check_fits(model: nn.Module, state: dict[str, Any], *, broadcast: bool, strict: bool) -> None:

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torch_mics import _C, _race_check
 from torch_mics._backend import Backend, C10d, Local, Made, RankGroups, Roles
+from torch_mics._hosts import device_of_rank
 from torch_mics._nccl import Nccl
 from torch_mics._session import session
 from torch_mics._shm import Shm
@@ -84,10 +85,7 @@ class Groups:
     @property
     def device(self) -> torch.device:
         """The device of this rank's shards."""
-        device = torch.device(self.mesh.device_type)
-        return (
-            torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
-        )
+        return device_of_rank(self.mesh.device_type)
 
     # A mesh is copied and saved with the DTensors on it. A copy has the same groups; a mesh that is read
     # from a file finds its own when it is used.

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch_mics import _C
 from torch_mics._exchange import check_same, exchange, operation_timeout
 from torch_mics._groups import Groups, IntraBackend
-from torch_mics._hosts import node
+from torch_mics._hosts import node, start_device
 from torch_mics._nccl import check_device
 
 ShardSize = int | Literal["node", "world"]
@@ -117,7 +117,8 @@ def init_mesh(
         shard_size: ranks that share one copy of the model states; "node": the ranks of a node;
             "world": all. It must divide the world size, and divide the ranks of a node or be a
             multiple of them.
-        device_type: "cuda" or "cpu"; by default "cuda" where there is one.
+        device_type: "cuda" or "cpu"; by default "cuda" where there is one. The rank's device is `device_id`
+            of init_process_group(), else the current one.
         gpus_per_node: ranks per node, instead of what the hosts say.
         intra_backend: what carries collectives inside a node. "shm": shared memory, for tensors on the
             CPU; "c10d": torch's process groups, on CUDA also between nodes; "auto": shared memory where
@@ -139,6 +140,7 @@ def init_mesh(
     topology = _C.Topology(
         node_of_rank=nodes, partition_size=_resolve_shard_size(shard_size, nodes)
     )
+    start_device(device_type or _default_device_type())
     shape = (topology.replication_size, topology.partition_size)
     mesh = init_device_mesh(device_type or _default_device_type(), shape, mesh_dim_names=_MESH_DIMS)
     _attach_groups(mesh, nodes, intra_backend)

@@ -16,7 +16,7 @@ from torch.distributed import distributed_c10d
 from torch_mics import _C
 from torch_mics._backend import Backend, Made, Properties, Reasons, Roles, membership
 from torch_mics._exchange import check_same, operation_timeout
-from torch_mics._hosts import host
+from torch_mics._hosts import device_of_rank, host
 
 # How long the end of a world waits for collectives in flight.
 _PATIENCE = datetime.timedelta(seconds=5)
@@ -136,7 +136,7 @@ class Nccl(Backend):
         self._world: _C.NcclWorld | None = None
 
     def world(self) -> _C.NcclWorld:
-        """Gives this rank's world on torch's current device. Collective when new.
+        """Gives this rank's world on its device. Collective when new.
 
         Raises:
             ValueError: on every rank: ranks share a GPU, or differ in the version of NCCL or in its
@@ -156,7 +156,7 @@ class Nccl(Backend):
             dist.PrefixStore(f"torch_mics/nccl/{number}", store),
             rank=rank,
             world_size=dist.get_world_size(),
-            device=torch.cuda.current_device(),
+            device=device_of_rank("cuda").index,
             host=os.environ.get("NCCL_HOSTID") or host(),  # not a simulated node
             timeout=operation_timeout(),
             **options,

@@ -81,7 +81,7 @@ class ShardedParameters:
         self.groups = groups
         self.policy = policy
         self.parameters: list[Parameter] = []
-        self.shard = torch.empty(0)
+        self.shard = torch.empty(0, device="cpu")
         self._reference = reference
 
     @property
@@ -173,7 +173,7 @@ class ShardedParameters:
 
     def _allocate(self, dtype: torch.dtype, device: torch.device) -> _C.ShardLayout:
         """Makes a new shard and gives its layout."""
-        self.shard = torch.empty(0, dtype=dtype)
+        self.shard = torch.empty(0, dtype=dtype, device="cpu")
         layout = self.layout()
         self.shard = torch.zeros(layout.shard_numel, dtype=dtype, device=device)
         return layout

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
-from torch_mics._exchange import all_or_none, together
+from torch_mics._exchange import all_or_none, exchange, together
 from torch_mics._full_state import describe_misfit, full_state_dict, shapes_of
 from torch_mics._module import sharded_module
 from torch_mics._optimizer_checks import ignoring_steps_of
@@ -109,15 +109,22 @@ class TrainState(Stateful):
         """Reads a checkpoint directory.
 
         Raises:
-            FileNotFoundError: there is no checkpoint, or it was not finished.
+            FileNotFoundError: there is no checkpoint, or it was not finished. On every rank, also if
+                only some cannot see it; nothing has been changed.
             ValueError: it is a checkpoint of another model. On every rank; nothing has been changed.
             RuntimeError: it failed on another rank.
         """
         with together("TrainState.load"):
-            if not (pathlib.Path(path) / ".metadata").exists():
+            is_there = (pathlib.Path(path) / ".metadata").exists()
+            answers = exchange(
+                "the directory in a call of TrainState.load", "found" if is_there else ""
+            )
+            missing = [rank for rank, answer in enumerate(answers) if not answer]
+            if missing:
                 raise FileNotFoundError(
-                    f"a checkpoint directory has a .metadata file: got none in {path}. The save was "
-                    "not finished, or the path is wrong."
+                    f"a checkpoint directory has a .metadata file: got none in {path} on world ranks "
+                    f"{missing}. The save was not finished, the path is wrong, or the ranks do not share "
+                    "the file system."
                 )
             entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
             self._check_model(path, entries)
@@ -248,7 +255,8 @@ def _undisturbed(
         each.clear()
     for p in parameters:
         p.grad = None
-    with ignoring_steps_of(optimizer), contextlib.ExitStack() as stack:
+    # Counters of steps belong on the CPU; torch puts those that do not where the parameters are.
+    with ignoring_steps_of(optimizer), torch.device("cpu"), contextlib.ExitStack() as stack:
         if not keeps_state:
             # The values do not change in the end, so a backward after this must not see a new version.
             tensors = [p._local_tensor for p in parameters if isinstance(p, DTensor)]

@@ -78,7 +78,8 @@ class _FlatOptimizer(torch.optim.Optimizer, abc.ABC):
             self.__dict__["_mics_rest"] = self._torch_class(groups[0]["params"])
         rest: torch.optim.Optimizer = self.__dict__["_mics_rest"]
         rest.param_groups, rest.state = groups, self.state
-        rest.step()
+        with torch.device("cpu"):  # where new counters of steps belong
+            rest.step()
 
 
 class AdamW(_FlatOptimizer, torch.optim.AdamW):

@@ -167,12 +167,10 @@ def _not_started(rank: int) -> list[str]:
     """The device's library is started only after construction, as CUDA's may be."""
     module: Any = torch.get_device_module(DEVICE)
     torch.manual_seed(SEED)
-    module.is_initialized = lambda: False
-    try:
-        with mics.meta_device():
-            model = SeedsAgain()
-    finally:
-        module.is_initialized = lambda: True
+    module.is_started = False
+    with mics.meta_device():
+        model = SeedsAgain()
+    assert not module.is_started
     mics.fully_shard(model, mesh=mics.init_mesh(2, device_type=DEVICE))
     mics.materialize(model)
     torch.manual_seed(SEED)

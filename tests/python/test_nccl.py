@@ -36,11 +36,16 @@ def test_versions_are_those_of_the_libraries_that_torch_uses():
         assert versions.cuda_runtime // 1000 == int(torch.version.cuda.partition(".")[0])
 
 
-@no_gpu
-def test_cuda_without_a_gpu_is_refused_by_name():
+def _refused(rank: int) -> bool:
     with pytest.raises(RuntimeError, match='device_type="cuda" needs a GPU and NCCL'):
         mics.init_mesh(1, device_type="cuda")
-    assert not dist.is_initialized()  # a call that is refused leaves nothing behind
+    return dist.is_initialized()
+
+
+@no_gpu
+def test_cuda_without_a_gpu_is_refused_by_name():
+    # A call that is refused leaves nothing behind.
+    assert run_ranks(1, _refused, initialise=False) == [False]
 
 
 def _make_world(rank: int) -> str:
@@ -159,7 +164,8 @@ class StandIn:
 def _train(rank: int, through_world: bool) -> tuple[torch.Tensor, dict[str, str], str, list[Any]]:
     world = StandIn() if through_world else None
     with carried_by(world) if through_world else contextlib.nullcontext():
-        model = mics.shard_model(make_gpt(blocks=1), shard_size=2)
+        mesh = mics.init_mesh(2, device_type="cpu")  # also where there is a GPU
+        model = mics.shard_model(make_gpt(blocks=1), mesh=mesh)
         loss(model, batch(0, 0, rank)).backward()
     gradient = model.blocks[0].up.weight.grad.full_tensor()
     report = mics.describe(model)

@@ -263,6 +263,12 @@ const at::Tensor& resize(const at::Tensor& self, c10::SymIntArrayRef size,
   return self;
 }
 
+// Lets `parameter.data = tensor` move a parameter to or from the device, as it may with CUDA.
+bool may_take_data(const at::Tensor& self, const at::Tensor& from) {
+  const auto is_plain = [](const at::Tensor& t) { return is_fake(t) || t.is_cpu(); };
+  return is_plain(self) && is_plain(from);
+}
+
 void record_stream(at::Tensor&, c10::Stream) {}
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
@@ -277,6 +283,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_.source_Storage_storage_offset", &set_storage);
   m.impl("set_.source_Storage", &set_whole_storage);
   m.impl("resize_", &resize);
+  m.impl("_has_compatible_shallow_copy_type", &may_take_data);
   m.impl("record_stream", &record_stream);
 }
 

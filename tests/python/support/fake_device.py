@@ -57,6 +57,16 @@ def install() -> Any:
     return core
 
 
+class Stream:
+    """The only one: everything on it is done."""
+
+    def synchronize(self) -> None:
+        """Has nothing to wait for."""
+
+    def wait_stream(self, other: Stream) -> None:
+        """Has nothing to wait for."""
+
+
 def _device_module(core: Any) -> types.ModuleType:
     """What torch.get_device_module() gives for the device."""
     module: Any = types.ModuleType(f"torch.{NAME}")
@@ -76,24 +86,33 @@ def _device_module(core: Any) -> types.ModuleType:
         finally:
             core.set_device(before)
 
+    def set_device(chosen: Any) -> None:
+        core.set_device(index(chosen))
+        module.is_started = True
+
     def manual_seed_all(seed: int) -> None:
         for each in range(core.num_devices()):
             core.default_generator(each).manual_seed(seed)
 
     module.device = device
     module.is_available = lambda: True
-    module.is_initialized = lambda: True
+    module.is_started = True  # a test may set it to False
+    module.is_initialized = lambda: module.is_started
     module._is_in_bad_fork = lambda: False
     module._lazy_init = lambda: None
     module.device_count = core.num_devices
     module.current_device = core.current_device
-    module.set_device = lambda device: core.set_device(index(device))
+    module.set_device = set_device
     module.manual_seed_all = manual_seed_all
     module.manual_seed = lambda seed: core.default_generator(-1).manual_seed(seed)
     module.get_rng_state = lambda device=None: core.default_generator(index(device)).get_state()
     module.set_rng_state = lambda state, device=None: core.default_generator(
         index(device)
     ).set_state(state)
+    stream = Stream()
+    module.Stream = Stream
+    module.current_stream = lambda device=None: stream
+    module.stream = lambda chosen: contextlib.nullcontext()
     module.synchronize = lambda device=None: None
     module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
     return module
