@@ -61,6 +61,9 @@ class FakeCuda final : public CudaApi {
       : bus_id_(std::move(bus_id)), seed_(seed), max_delay_us_(max_delay_us) {}
   ~FakeCuda() override { streams_.clear(); }  // runs what is queued
 
+  // Where tensors lie, by default on the CPU; to be called before a world is made.
+  void set_tensor_device(c10::Device device) { tensor_device_ = device; }
+
   cudaError_t get_device_count(int* count) override {
     *count = 8;
     return cudaSuccess;
@@ -130,7 +133,7 @@ class FakeCuda final : public CudaApi {
                                            : "error " + std::to_string(error);
   }
 
-  c10::Device tensor_device(int /*device*/) const override { return c10::kCPU; }
+  c10::Device tensor_device(int /*device*/) const override { return tensor_device_; }
   // As torch's default stream.
   cudaStream_t current_stream(int /*device*/) override { return nullptr; }
   cudaStream_t pool_stream(int /*device*/, bool high_priority) override {
@@ -270,6 +273,7 @@ class FakeCuda final : public CudaApi {
 
   const std::string bus_id_;
   const unsigned seed_;
+  c10::Device tensor_device_ = c10::kCPU;
   const unsigned max_delay_us_;
   bool runs_at_once_ = false;
   std::atomic<bool> device_error_ = false;

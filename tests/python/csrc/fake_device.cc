@@ -41,6 +41,9 @@ struct Held {
 void give_back(void* context) {
   const std::unique_ptr<Held> held(static_cast<Held*>(context));
   add_bytes(-held->nbytes);
+  if (held->memory != nullptr) {
+    std::memset(held->memory, 0xff, static_cast<size_t>(held->nbytes));  // nor after they are gone
+  }
   std::free(held->memory);
 }
 
@@ -208,9 +211,12 @@ c10::Storage adopt_host_storage(const c10::Storage& host, c10::Device device) {
 }
 
 c10::Storage host_alias(const c10::Storage& storage) {
+  // Kept: a collective still reads it when the caller's tensor is gone.
+  auto* kept = new c10::Storage(storage);
+  const auto drop = [](void* context) { delete static_cast<c10::Storage*>(context); };
   return c10::make_intrusive<c10::StorageImpl>(
       c10::StorageImpl::use_byte_size_t(), storage.nbytes(),
-      c10::DataPtr(const_cast<void*>(storage.data()), c10::Device(c10::kCPU)),
+      c10::DataPtr(const_cast<void*>(storage.data()), kept, drop, c10::Device(c10::kCPU)),
       c10::GetCPUAllocator(), /*resizable=*/true);
 }
 

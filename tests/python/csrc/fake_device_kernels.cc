@@ -284,6 +284,10 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_.source_Storage", &set_whole_storage);
   m.impl("resize_", &resize);
   m.impl("_has_compatible_shallow_copy_type", &may_take_data);
+  // torch would compose these of others, with other roundings than the CPU's kernels have.
+  for (const char* name : {"native_layer_norm", "native_group_norm", "silu_backward"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
+  }
   m.impl("record_stream", &record_stream);
 }
 

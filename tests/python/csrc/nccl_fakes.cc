@@ -29,12 +29,13 @@ namespace {
 class FakeDevice {
  public:
   // `seed`: of random delays of every stream; 0: none. `sums_in_fp32`: not as NCCL, but as the other
-  // backends.
-  FakeDevice(int rank, unsigned seed, bool sums_in_fp32)
+  // backends. `device`: of the tensors.
+  FakeDevice(int rank, unsigned seed, bool sums_in_fp32, const std::string& device)
       : rank_(rank),
         cuda_(std::make_shared<FakeCuda>("0000:00:" + std::to_string(rank), seed)),
         nccl_(std::make_shared<FakeNccl>(network_, cuda_)) {
     network_->sums_in_fp32 = sums_in_fp32;
+    cuda_->set_tensor_device(c10::Device(device));
   }
 
   std::shared_ptr<NcclWorld> make_world(const c10::intrusive_ptr<c10d::Store>& store,
@@ -80,8 +81,8 @@ PYBIND11_MODULE(nccl_fakes, module) {
   py::module_::import("torch_mics._C");  // has the types of what is given and returned
 
   py::class_<FakeDevice, std::shared_ptr<FakeDevice>>(module, "FakeDevice")
-      .def(py::init<int, unsigned, bool>(), py::arg("rank"), py::arg("seed"), py::kw_only(),
-           py::arg("sums_in_fp32"), Release())
+      .def(py::init<int, unsigned, bool, const std::string&>(), py::arg("rank"), py::arg("seed"),
+           py::kw_only(), py::arg("sums_in_fp32"), py::arg("device") = "cpu", Release())
       .def("make_world", &FakeDevice::make_world, py::arg("store"), py::kw_only(),
            py::arg("world_size"), py::arg("registration"), py::arg("copy_engine"), Release())
       .def("run_at_once", &FakeDevice::run_at_once)

@@ -22,6 +22,7 @@ import pytest
 import torch.distributed as dist
 
 from torch_mics import _C
+from torch_mics._backend import Local
 from torch_mics._groups import BACKENDS
 from torch_mics._nccl import Nccl
 
@@ -55,10 +56,11 @@ def load() -> Any:
 
 
 @contextlib.contextmanager
-def carried_by(world: Any) -> Iterator[None]:
-    """Lets models on the CPU take communicators and streams from a world of NCCL."""
+def carried_by(world: Any, device_type: str = "cpu") -> Iterator[None]:
+    """Lets models on the CPU, or another device, take communicators and streams from a world of NCCL."""
+    chosen: Any = {(device_type, reach): (Nccl,) for reach in ("node", "nodes")}
     with (
-        mock.patch.dict(BACKENDS, {("cpu", "node"): (Nccl,), ("cpu", "nodes"): (Nccl,)}),
+        mock.patch.dict(BACKENDS, {(device_type, "rank"): (Local,), **chosen}),
         mock.patch.object(Nccl, "world", return_value=world),
     ):
         yield
@@ -73,6 +75,7 @@ def over_fakes(
     registration: _C.NcclRegistration = _C.NcclRegistration.NONE,
     copy_engine: bool = False,
     sums_in_fp32: bool = True,
+    device_type: str = "cpu",
 ) -> Iterator[Any]:
     """Lets models of this rank find a world over the fakes; gives the device below it.
 
@@ -86,11 +89,15 @@ def over_fakes(
         copy_engine: as of NcclWorld.
         sums_in_fp32: sums are to the bit those of the other backends; else in the dtype that is sent, as
             NCCL's.
+        device_type: of the models; "fakegpu" is made by support.fake_device.
     """
     fakes = load()
     fakes.poison_memory()
     device = fakes.FakeDevice(
-        rank, 0 if seed == 0 else seed + 1000 * rank, sums_in_fp32=sums_in_fp32
+        rank,
+        0 if seed == 0 else seed + 1000 * rank,
+        sums_in_fp32=sums_in_fp32,
+        device=device_type if device_type == "cpu" else f"{device_type}:0",
     )
     if at_once:
         device.run_at_once()
@@ -100,7 +107,7 @@ def over_fakes(
         registration=registration,
         copy_engine=copy_engine,
     )
-    with carried_by(world):
+    with carried_by(world, device_type):
         yield device
     world.close(datetime.timedelta(seconds=30))
     del world
