@@ -26,6 +26,7 @@ EXTRAS = {
     "examples": ["jsonargparse", "rich", "tokenizers", "matplotlib"],
     "hf": ["safetensors", "transformers"],
     "peers": ["deepspeed==0.18.9"],  # of benchmarks/train_bench; the last with MiCS
+    "gpu": ["pytest", "rich"],  # of tests/gpu.sh
     "dev": [
         "pyyaml",
         "pytest",

@@ -262,7 +262,7 @@ def test_readme_has_the_two_commands():
         ),
         ("python -m pytest tests/python/test_docs.py::test_no", "there is no test_no in"),
         ("pip install .", "needs: pip install --no-build-isolation"),
-        ('pip install --no-build-isolation ".[gpu]"', "no extra gpu"),
+        ('pip install --no-build-isolation ".[tpu]"', "no extra tpu"),
         ("ctest --test-dir .build/release -R nccl_tests", "no ctest matches"),
         ("ctest --test-dir .build/debug", "makes no tree"),
         ("make test", "cannot check"),
