@@ -140,16 +140,8 @@ ROOMS = (
     ),
     Room(
         "tests/python/csrc",
-        (
-            STD,
-            BESIDE,
-            "mics/*",
-            "support/*",
-            "torch/csrc/*",
-            "torch/library.h",
-            "pybind11/*",
-            *TORCH,
-        ),
+        (STD, BESIDE, "mics/*", "support/*", "torch/csrc/*", "torch/library.h")
+        + ("pybind11/*", *TORCH),
         "tests/python/csrc binds the fakes of tests/cpp/support, and has a device for torch",
     ),
     Room(
