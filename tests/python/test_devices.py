@@ -89,15 +89,14 @@ def test_a_mesh_makes_that_device_current_unless_the_program_has_chosen(
 
 
 def _world(rank: int) -> int:
-    made = []
     dist.group.WORLD.bound_device_id = torch.device("cuda", 3)
     with (
         mock.patch.object(torch.cuda, "current_device", return_value=0),
-        mock.patch.object(_C, "NcclWorld", side_effect=lambda *_, **options: made.append(options)),
-        pytest.raises(TypeError),  # None is no world
+        mock.patch.object(_C, "NcclWorld", side_effect=RuntimeError("no GPU")) as make,
+        pytest.raises(RuntimeError, match="no GPU"),
     ):
         _nccl.Nccl().world()
-    return made[0]["device"]
+    return make.call_args.kwargs["device"]
 
 
 def test_communicators_of_nccl_are_on_that_device():
