@@ -102,13 +102,13 @@ def order_launches(version: int) -> None:
         os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
 
 
-def nbytes_outside_torch(world: _C.NcclWorld) -> int:
-    """Gives the memory in use on the current device that torch does not count, nor the runtime's plan.
+def nbytes_outside_torch(world: _C.NcclWorld, device: torch.device) -> int:
+    """Gives the memory in use on `device` that torch does not count, nor the runtime's plan.
 
     Communicators of NCCL, the CUDA context, and what other processes use.
     """
-    free, total = torch.cuda.mem_get_info()
-    return total - free - torch.cuda.memory_reserved() - world.allocated_nbytes
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device) - world.allocated_nbytes
 
 
 _DIRECTIONS = {"reduce": _C.NcclDirection.REDUCE, "replicate": _C.NcclDirection.REPLICATE}

@@ -68,9 +68,9 @@ def _places(tensors: list[torch.Tensor]) -> tuple[list[torch.Tensor], int | None
 
     What the host holds is used in the order of its own program: copies from and to it wait.
     """
-    on_device = [tensor for tensor in tensors if tensor.is_cuda]
+    on_device = [tensor for tensor in tensors if tensor.device.type not in ("cpu", "meta")]
     if on_device:
-        return on_device, _current_cuda_stream()
+        return on_device, _current_cuda_stream() if on_device[0].is_cuda else None
     return [tensor for tensor in tensors if tensor.is_cpu], None
 
 

@@ -264,7 +264,7 @@ def test_memory_outside_torch_leaves_out_what_torch_and_the_plan_count():
         mock.patch.object(torch.cuda, "mem_get_info", return_value=(5000, 10000)),
         mock.patch.object(torch.cuda, "memory_reserved", return_value=3000),
     ):
-        assert _nccl.nbytes_outside_torch(world) == 1900
+        assert _nccl.nbytes_outside_torch(world, torch.device("cuda", 0)) == 1900
 
 
 def _timeout(rank: int) -> float:

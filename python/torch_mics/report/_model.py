@@ -51,7 +51,9 @@ def memory(model: nn.Module) -> dict[str, int]:
         totals["unplanned"] = totals.pop("unplanned", 0) + planned.grown_nbytes + sums
     worlds = [context.nccl_world for context in contexts if context.nccl_world is not None]
     if worlds and contexts[0].root_unit.groups.device.type == "cuda":
-        totals["outside torch"] = nbytes_outside_torch(worlds[0])
+        totals["outside torch"] = nbytes_outside_torch(
+            worlds[0], contexts[0].root_unit.shard.device
+        )
     return totals
 
 
