@@ -31,6 +31,7 @@ EXTRAS = {
         "pyyaml",
         "pytest",
         "pytest-timeout",
+        "pytest-xdist",
         "hypothesis",
         "ruff",
         "mypy",

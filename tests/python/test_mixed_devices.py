@@ -96,7 +96,8 @@ def test_memory_of_the_library_that_is_not_on_the_device_is_refused(name: str, s
         ("_flat_state.py", "_view"),
         ("optim.py", "_step_group"),
     }
-    assert {file for file, _ in made_in} & {"_hooks.py", "_context.py"}
+    # Alone in fp32, the runtime needs no memory of its own.
+    assert size == 1 or {file for file, _ in made_in} & {"_hooks.py", "_context.py"}
     for place in places:
         outcomes = run_outcomes(size, _refused, name, size, place, **options)
         assert all(outcome.value or outcome.error_type for outcome in outcomes), place
