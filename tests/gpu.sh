@@ -103,6 +103,7 @@ RACES=(ours+late+torchopt+fused+between ours+late+torchopt+foreach+keepgrad ours
   ours+late+bf16model ours+p1+late+bf16model ours+late+keepfull)
 ranks 2 race_async "${RACES[@]}"
 CUDA_LAUNCH_BLOCKING=1 ranks 2 race_blocking "${RACES[@]}"
+MICS_RACE_CHECK=1 ranks 2 two_checked ours+torchopt+foreach ours+bf16
 ranks 2 two_killed --timeout 20 ours+killed
 wait
 

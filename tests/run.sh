@@ -37,7 +37,7 @@ cpp_tests() {
   if [[ $name == tsan ]] && setarch "$(uname -m)" -R true 2>/dev/null; then
     launcher=(setarch "$(uname -m)" -R)
   fi
-  "${launcher[@]}" ctest --test-dir "$tree" --output-on-failure --no-tests=error
+  "${launcher[@]}" ctest --test-dir "$tree" --parallel "$(nproc)" --output-on-failure --no-tests=error
 }
 
 step "Python environment"
@@ -82,6 +82,7 @@ fi
 
 step "Python tests"
 export MICS_TEST_FAKES="$MICS_ROOT/.build/python/fakes"
-"$PYTHON" -m pytest -c tests/pytest.ini tests/python "${pytest_arguments[@]}"
+# Ranks wait for each other half of the time, so two files run side by side; `-n 0`: one after the other.
+"$PYTHON" -m pytest -c tests/pytest.ini tests/python -n 2 --dist loadfile "${pytest_arguments[@]}"
 
 steps_done

@@ -32,7 +32,7 @@
 
 namespace mics {
 
-class BoundaryAgreement;
+class Boundary;
 class GatherPipeline;
 class OpenForwards;
 class Prefetcher;
@@ -165,8 +165,6 @@ class Engine : public std::enable_shared_from_this<Engine> {
   [[nodiscard]] bool is_outermost() const;
   void run(const std::vector<Action>& actions);
   void reduce(int unit);
-  void synchronize_boundary();
-  void publish_gradients(const std::vector<int>& finished, const std::vector<bool>& used);
   [[nodiscard]] bool has_failed() const;
   void reset_pipelines();
   [[nodiscard]] bool backward_died() const;
@@ -182,7 +180,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   const std::unique_ptr<GatherPipeline> gathers_;
   const std::unique_ptr<Prefetcher> prefetcher_;
   const std::unique_ptr<ReducePipeline> reduces_;
-  const std::unique_ptr<BoundaryAgreement> agreement_;
+  const std::unique_ptr<Boundary> boundary_;
   std::unique_ptr<RuntimeMemory> memory_;
   const std::unique_ptr<OpenForwards> forwards_;
   std::vector<std::shared_ptr<Route>> routes_;  // that lead here; the first is its own

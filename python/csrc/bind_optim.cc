@@ -86,7 +86,7 @@ void bind_optim(py::module_& module) {
       "One step of AdamW, bit for bit as torch's single-tensor form or its fused one.",
       py::arg("runs"), py::arg("steps"), py::kw_only(), py::arg("lr"), py::arg("beta1"),
       py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("maximize"),
-      py::arg("fused"), Release());
+      py::arg("fused") = false, Release());
 
   module.def(
       "sgd_step",

@@ -923,7 +923,7 @@ def adamw_step(
     eps: float,
     weight_decay: float,
     maximize: bool,
-    fused: bool,
+    fused: bool = False,
 ) -> None:
     """One step of AdamW, bit for bit as torch's single-tensor form or its fused one."""
 

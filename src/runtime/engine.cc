@@ -11,7 +11,7 @@
 
 #include "plan/check.h"
 #include "plan/schedule.h"
-#include "runtime/boundary_agreement.h"
+#include "runtime/boundary.h"
 #include "runtime/gather_pipeline.h"
 #include "runtime/open_forwards.h"
 #include "runtime/prefetcher.h"
@@ -49,7 +49,8 @@ Engine::Engine(std::vector<std::shared_ptr<Unit>> units, Communicator* control,
       gathers_(std::make_unique<GatherPipeline>(units_, *streams_, *digest_)),
       prefetcher_(std::make_unique<Prefetcher>(units_, *gathers_, depths_)),
       reduces_(std::make_unique<ReducePipeline>(units_, depths_, *streams_, *digest_)),
-      agreement_(std::make_unique<BoundaryAgreement>(units_, control, *streams_, *digest_)),
+      boundary_(
+          std::make_unique<Boundary>(units_, control, *streams_, *digest_, *gathers_, *reduces_)),
       forwards_(std::make_unique<OpenForwards>(units_.size())) {}
 
 // Waits for queued work, which uses the communicators.
@@ -66,8 +67,8 @@ Engine::~Engine() {
 
 void Engine::plan_memory() {
   if (memory_ != nullptr) return;
-  memory_ =
-      std::make_unique<RuntimeMemory>(units_, depths_, *streams_->compute, agreement_->numel());
+  memory_ = std::make_unique<RuntimeMemory>(units_, depths_, *streams_->compute,
+                                            boundary_->agreement().numel());
   gathers_->set_memory(memory_.get());
   reduces_->set_memory(memory_.get());
 }
@@ -100,7 +101,7 @@ void Engine::drop_memory() {
 // The streams are idle, but communicators still hold the memory of their last operations.
 void Engine::free_memory() {
   for (Communicator* communicator : hop_communicators(units_)) communicator->release_finished();
-  agreement_->release_finished();
+  boundary_->agreement().release_finished();
   memory_ = nullptr;
 }
 
@@ -427,49 +428,8 @@ void Engine::finish_backward() {
   if (prefetcher_->is_open(Phase::kBackward)) prefetcher_->end();
   forwards_->recomputation_tape = nullptr;
   backward_started_ = false;
-  synchronize_boundary();
+  boundary_->synchronize(memory_->flags(), [this] { check_hooks(); });
   reduces_->free_gradients();
-}
-
-// At a boundary: runs hop 2 for units that only earlier micro-steps have touched, then makes the
-// gradients visible.
-void Engine::synchronize_boundary() {
-  std::vector<int> finished;
-  std::vector<bool> used;
-  for (int index = num_units() - 1; index >= 0; --index) {
-    if (!unit(index).settings().is_boundary()) continue;
-    const UnitGradients& gradients = unit(index).gradients();
-    if (gradients.is_deferred()) reduces_->reduce(index);
-    reduces_->synchronize(index);
-    if (!gradients.synchronized().defined()) continue;
-    finished.push_back(index);
-    used.insert(used.end(), gradients.used().begin(), gradients.used().end());
-  }
-  if (finished.empty()) return;
-  // A parameter that no rank used keeps `.grad` None, as in one process; one that some rank used
-  // gets a gradient on all ranks. One small reduction tells which.
-  used = agreement_->sum(used, memory_->flags());
-  for (const int index : finished) reduces_->wait(index);
-  agreement_->check(memory_->flags());
-  gathers_->note_boundary();
-  check_hooks();
-  publish_gradients(finished, used);
-}
-
-// `used` has one flag for each trainable parameter of the `finished` units.
-void Engine::publish_gradients(const std::vector<int>& finished, const std::vector<bool>& used) {
-  std::vector<std::vector<bool>> used_by_unit;
-  auto flag = used.begin();
-  for (const int index : finished) {
-    const auto last = flag + unit(index).gradients().layout().num_parameters();
-    used_by_unit.emplace_back(flag, last);
-    unit(index).gradients().publish(used_by_unit.back());
-    flag = last;
-  }
-  // Hooks run last: they may see all gradients, and step an optimizer.
-  for (size_t i = 0; i < finished.size(); ++i) {
-    unit(finished[i]).gradients().run_hooks(used_by_unit[i]);
-  }
 }
 
 // --- between steps ---
@@ -503,7 +463,7 @@ void Engine::reset_pipelines() {
   for (Stream* stream : streams_->communication()) stream->reset();
   gathers_->reset();
   reduces_->reset();
-  agreement_->reset();
+  boundary_->agreement().reset();
   free_memory();
 }
 

@@ -45,6 +45,7 @@ def _measure(rank: int, name: str) -> tuple[int, int]:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(0.5)
+        model.zero_grad()
     sent = {name: c["sent_inter_nbytes"] for name, c in mics.traffic(model).items()}
     across = sum(sent[n] - before[n]["sent_inter_nbytes"] for n in sent if n != "control")
     states = sum(2 * p.to_local().nbytes for p in model.parameters())  # weights and gradients

@@ -42,7 +42,8 @@ def startup_report(context: Context) -> str:
     lines += [f"{name}: {backend}" for name, backend in carried(context).items()]
     memory = context.engine.memory()
     parts = ", ".join(f"{part.name} {part.nbytes:,}" for part in memory.parts)
-    lines.append(f"memory: {memory.nbytes:,} bytes ({parts or 'none'})")
+    planned = sum(part.nbytes for part in memory.parts)
+    lines.append(f"memory: {planned:,} bytes ({parts or 'none'})")
     if context.nccl_world is not None:
         lines += [f"note: {text}" for text in context.nccl_world.notes()]
     return "\n  ".join(lines)

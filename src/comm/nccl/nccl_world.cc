@@ -6,10 +6,10 @@
 #include <map>
 #include <mutex>
 #include <set>
-#include <sstream>
 #include <torch/csrc/distributed/c10d/Store.hpp>
 #include <utility>
 
+#include "comm/nccl/handshake.h"
 #include "comm/nccl/nccl_communicator.h"
 #include "comm/nccl/nccl_memory.h"
 #include "comm/nccl/nccl_watchdog.h"
@@ -26,58 +26,6 @@ constexpr int kFirstLaunchOrder = 22600;
 // Between the two lists of a member's answer. In no topic.
 constexpr char kSplits = '|';
 
-// The handshake: what each rank tells the others before its first communicator.
-struct Hello {
-  int version = 0;
-  std::string settings;  // must be the same on all ranks
-  std::string host;
-  std::string bus_id;  // of its device
-};
-
-std::string encode(const Hello& hello) {
-  return std::to_string(hello.version) + "\n" + hello.settings + "\n" + hello.host + "\n" +
-         hello.bus_id;
-}
-
-Hello decode(const std::string& text) {
-  std::istringstream lines(text);
-  Hello hello;
-  std::string version;
-  std::getline(lines, version);
-  std::getline(lines, hello.settings);
-  std::getline(lines, hello.host);
-  std::getline(lines, hello.bus_id);
-  hello.version = std::stoi(version);
-  return hello;
-}
-
-std::string version_text(int version) {
-  return std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." +
-         std::to_string(version % 100);
-}
-
-std::string settings_text(const NcclOptions& options) {
-  const std::map<NcclRegistration, const char*> names = {{NcclRegistration::kNone, "none"},
-                                                         {NcclRegistration::kBuffers, "buffers"},
-                                                         {NcclRegistration::kWindows, "windows"}};
-  return std::string("registration=") + names.at(options.registration) +
-         " copy_engine=" + (options.copy_engine ? "1" : "0") +
-         " max_in_flight=" + std::to_string(options.max_in_flight) +
-         " max_ctas=" + std::to_string(options.max_ctas) +
-         " blocking=" + (options.is_blocking ? "1" : "0");
-}
-
-std::string list(const std::vector<int>& ranks) {
-  std::ostringstream text;
-  const char* separator = "[";
-  for (const int rank : ranks) {
-    text << separator << rank;
-    separator = " ";
-  }
-  text << "]";
-  return text.str();
-}
-
 #ifdef NCCL_CTA_POLICY_ZERO
 constexpr bool kHasZeroCtas = true;
 void set_zero_ctas(ncclConfig_t& config) { config.CTAPolicy = NCCL_CTA_POLICY_ZERO; }
@@ -93,30 +41,6 @@ const char* lasting_name(const std::string& name) {
   static auto* const names = new std::set<std::string>();
   const std::lock_guard<std::mutex> lock(mutex);
   return names->insert(name).first->c_str();
-}
-
-// Waits for the keys of all `ranks`, and gives their values.
-std::vector<std::string> wait_for_all(c10d::Store& store, const std::string& topic,
-                                      const std::vector<int>& ranks, int world_rank,
-                                      std::chrono::milliseconds timeout) {
-  std::vector<std::string> keys;
-  for (const int rank : ranks) keys.push_back(topic + "/" + std::to_string(rank));
-  try {
-    store.wait(keys, timeout);
-  } catch (const std::exception& error) {
-    std::vector<int> missing;
-    for (size_t i = 0; i < keys.size(); ++i) {
-      if (!store.check({keys[i]})) missing.push_back(ranks[i]);
-    }
-    throw TimeoutError(detail::concatenate(
-        "every member must take part in the start of its communicator: got no answer from world "
-        "ranks ",
-        list(missing), " within ", timeout.count(), " ms (", topic, ", world_rank=", world_rank,
-        "). They have ended, or make other communicators; see docs/errors.md#timeouts."));
-  }
-  std::vector<std::string> values;
-  for (const std::string& key : keys) values.push_back(store.get_to_str(key));
-  return values;
 }
 
 class NcclWorldOfRank final : public NcclWorld {
@@ -145,7 +69,7 @@ class NcclWorldOfRank final : public NcclWorld {
   std::unique_ptr<Communicator> make_communicator(GroupInfo group, NcclDirection direction,
                                                   bool only_gathers) override {
     context_->failure->rethrow_if_set();
-    const std::string name = group.name + " " + list(group.world_ranks);
+    const std::string name = group.name + " " + ranks_text(group.world_ranks);
     // Counted by name, because ranks are in different groups: one count would differ among them.
     const std::string topic = "communicator/" + name + "/" + std::to_string(num_of_name_[name]++);
     const int rank = group.rank;
@@ -283,44 +207,14 @@ class NcclWorldOfRank final : public NcclWorld {
     return comm;
   }
 
-  // Raises on all ranks alike, before NCCL would fail or hang.
   void check_hellos() {
     CudaApi& cuda = *context_->cuda;
-    Hello mine;
-    mine.settings = settings_text(options_);
-    mine.host = options_.host;
-    check_nccl(nccl_->get_version(&mine.version), "ncclGetVersion");
+    int version = 0;
+    check_nccl(nccl_->get_version(&version), "ncclGetVersion");
     char bus_id[32] = {};
     check_cuda(cuda, cuda.device_get_pci_bus_id(bus_id, sizeof(bus_id), options_.device),
                "cudaDeviceGetPCIBusId");
-    mine.bus_id = bus_id;
-    store_->set("hello/" + std::to_string(options_.rank), encode(mine));
-    std::vector<int> everyone;
-    for (int rank = 0; rank < options_.world_size; ++rank) everyone.push_back(rank);
-    std::vector<Hello> hellos;
-    for (const std::string& text :
-         wait_for_all(*store_, "hello", everyone, options_.rank, options_.init_timeout)) {
-      hellos.push_back(decode(text));
-    }
-    std::map<std::pair<std::string, std::string>, int> rank_of_device;
-    for (int rank = 0; rank < options_.world_size; ++rank) {
-      const Hello& hello = hellos[static_cast<size_t>(rank)];
-      MICS_CHECK(hello.version == hellos.front().version,
-                 "all ranks must run one version of NCCL: got ",
-                 version_text(hellos.front().version), " on world_rank 0 and ",
-                 version_text(hello.version), " on world_rank ", rank,
-                 ". Install the same torch everywhere.");
-      MICS_CHECK(hello.settings == hellos.front().settings,
-                 "all ranks must ask the same of NCCL: got ", hellos.front().settings,
-                 " on world_rank 0 and ", hello.settings, " on world_rank ", rank,
-                 ". Give every rank the same NcclOptions.");
-      const auto [other, is_new] = rank_of_device.insert({{hello.host, hello.bus_id}, rank});
-      MICS_CHECK(
-          is_new, "each rank must have a GPU of its own: got GPU ", hello.bus_id, " of host ",
-          hello.host, " on world_rank ", other->second, " and ", rank,
-          ". Call torch.cuda.set_device(int(os.environ[\"LOCAL_RANK\"])) before the model is "
-          "sharded.");
-    }
+    exchange_hellos(*store_, options_, version, bus_id);
   }
 
   void check_nccl(ncclResult_t result, const char* call) {
