@@ -162,7 +162,7 @@ TEST(ScheduleChecker, MissingEdgeIsNoticed) {
     ScheduleRecorder recorder;
     train(what, 0, recorder);
     ASSERT_EQ(recorder.race(), "") << what.describe();
-    for (const auto& [kind, counts] : recorder.detector().put_defects(MICS_STRIDE)) {
+    for (const auto& [kind, counts] : recorder.detector().put_defects(1)) {
       noticed[kind].noticed += counts.noticed;
       noticed[kind].all += counts.all;
     }
