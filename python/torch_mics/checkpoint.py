@@ -27,6 +27,14 @@ from torch_mics._full_state import describe_misfit, full_state_dict, shapes_of
 from torch_mics._module import sharded_module
 from torch_mics._optimizer_checks import ignoring_steps_of
 from torch_mics._state_dict_hooks import plain_name
+from torch_mics._storage import (
+    LoadPlanner,
+    Reader,
+    SavePlanner,
+    Writer,
+    check_plain,
+    read_metadata,
+)
 from torch_mics._unit import units_of
 
 __all__ = ["TrainState", "export_safetensors"]
@@ -71,13 +79,15 @@ class TrainState(Stateful):
         has_stepped = self.optimizer is not None and bool(self.optimizer.state)
         with _undisturbed(self.optimizer):
             model_state, optimizer_state = get_state_dict(self.model, self._optimizers())
-        extras = {name: extra.state_dict() for name, extra in self.extras.items()}
         return {
             "model": model_state,
             "optimizer": optimizer_state,
-            "extras": extras,
+            "extras": self._state_of_extras(),
             _HAS_STEPPED: has_stepped,
         }
+
+    def _state_of_extras(self) -> dict[str, Any]:
+        return {name: extra.state_dict() for name, extra in self.extras.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what state_dict() gave, at any sharding. Full parameters kept so far are freed."""
@@ -98,12 +108,18 @@ class TrainState(Stateful):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a checkpoint directory. Of equal shards only the first replica's is written.
 
+        Until all ranks have written, the checkpoint that was there is whole and loads; then the new one
+        takes its place in one step. What a save that was ended has left, the next one removes.
+
         Raises:
-            RuntimeError: it failed on a rank; raised on all ranks.
+            TypeError: an extra holds what cannot be loaded without running code. On every rank; nothing
+                has been written.
+            RuntimeError: it failed on a rank; raised on all ranks. The former checkpoint is whole.
         """
-        planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
         with together("TrainState.save"), _plain_errors("TrainState.save", path):
-            dcp.save({_KEY: self}, checkpoint_id=path, planner=planner)
+            with all_or_none("TrainState.save"):
+                check_plain(self._state_of_extras())
+            dcp.save({_KEY: self}, storage_writer=Writer(path), planner=SavePlanner())
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Reads a checkpoint directory.
@@ -126,7 +142,8 @@ class TrainState(Stateful):
                     f"{missing}. The save was not finished, the path is wrong, or the ranks do not share "
                     "the file system."
                 )
-            entries = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+            with all_or_none("TrainState.load"):
+                entries = read_metadata(path).state_dict_metadata
             self._check_model(path, entries)
         with (
             all_or_none("TrainState.load"),
@@ -136,7 +153,7 @@ class TrainState(Stateful):
             wanted: Stateful = self
             if f"{_KEY}.{_HAS_STEPPED}" not in entries:
                 wanted = _Older(self)
-            dcp.load({_KEY: wanted}, checkpoint_id=path)
+            dcp.load({_KEY: wanted}, storage_reader=Reader(path), planner=LoadPlanner())
 
     @contextlib.contextmanager
     def _having_state_of(self, entries: dict[str, Any]) -> Iterator[None]:

@@ -148,7 +148,7 @@ def test_only_the_first_replica_writes(tmp_path: Path, shard_size: int, writers:
     nbytes = run_at((4, shard_size, 2), _save_wide, str(path))[0]
     # torch makes a file for every rank, also for one that has nothing to write.
     files = [file for file in path.glob("*.distcp") if file.stat().st_size > 0]
-    ranks = {int(re.fullmatch(r"__(\d+)_\d+\.distcp", file.name)[1]) for file in files}  # type: ignore[index]
+    ranks = {int(re.fullmatch(r"__[0-9a-f-]+_(\d+)_\d+\.distcp", file.name)[1]) for file in files}  # type: ignore[index]
     assert ranks == writers
     written = sum(file.stat().st_size for file in files)
     # One copy, and what the format adds.
