@@ -81,6 +81,28 @@ def read_metadata(path: str | os.PathLike[str]) -> Metadata:
     return metadata
 
 
+def check_files(path: str | os.PathLike[str], metadata: Metadata) -> None:
+    """Checks that all data files are there and as long as the metadata says.
+
+    Raises:
+        ValueError: some are not; the first is named.
+    """
+    ends: dict[str, int] = {}
+    for info in (metadata.storage_data or {}).values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    for name, nbytes in ends.items():
+        try:
+            found = (pathlib.Path(path) / name).stat().st_size
+        except FileNotFoundError:
+            found = -1
+        if found < nbytes:
+            what = "no such file" if found < 0 else f"{found} bytes"
+            raise ValueError(
+                f"the data files of a checkpoint must be whole: got {what} for {name} in {path}, which has "
+                f"{nbytes} bytes. It was copied or moved in part: load another checkpoint."
+            )
+
+
 class _PublishingFileSystem(FileSystem):
     """Replaces a file in one step, and makes sure first that what it names is on the disk."""
 

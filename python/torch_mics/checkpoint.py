@@ -32,6 +32,7 @@ from torch_mics._storage import (
     Reader,
     SavePlanner,
     Writer,
+    check_files,
     check_plain,
     read_metadata,
 )
@@ -127,7 +128,8 @@ class TrainState(Stateful):
         Raises:
             FileNotFoundError: there is no checkpoint, or it was not finished. On every rank, also if
                 only some cannot see it; nothing has been changed.
-            ValueError: it is a checkpoint of another model. On every rank; nothing has been changed.
+            ValueError: it is a checkpoint of another model, or a part of its files is missing. On every
+                rank; nothing has been changed.
             RuntimeError: it failed on another rank.
         """
         with together("TrainState.load"):
@@ -143,7 +145,9 @@ class TrainState(Stateful):
                     "the file system."
                 )
             with all_or_none("TrainState.load"):
-                entries = read_metadata(path).state_dict_metadata
+                metadata = read_metadata(path)
+                check_files(path, metadata)
+            entries = metadata.state_dict_metadata
             self._check_model(path, entries)
         with (
             all_or_none("TrainState.load"),

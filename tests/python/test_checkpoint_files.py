@@ -256,3 +256,48 @@ def test_value_in_a_file_that_would_run_code_is_refused(tmp_path: Path):
     for text in run_ranks(2, _load_evil_value, tmp_path / "checkpoint", ran):
         assert "would run code" in text
     assert not ran.exists()
+
+
+# --- files that are lost or torn -------------------------------------------------------------------
+
+
+def _load_torn(rank: int, folder: Path, cuts: list[tuple[int, float]]) -> list[str]:
+    """Cuts a data file, loads, and mends it, again and again: each load must raise and change nothing."""
+    state = _state(step=Counter(1))
+    state.save(folder)
+    before = [parameter.to_local().clone() for parameter in state.model.parameters()]
+    files = sorted(folder.glob("*.distcp"))
+    with torch.no_grad():
+        for parameter in state.model.parameters():
+            parameter.add_(1.0)
+    texts = []
+    for number, share in cuts:
+        file = files[number]
+        content = file.read_bytes()
+        dist.barrier()
+        if rank == 0:
+            if share < 0:
+                file.unlink()
+            else:
+                file.write_bytes(content[: int(share * len(content))])
+        dist.barrier()
+        with pytest.raises((ValueError, RuntimeError)) as caught:
+            state.load(folder)
+        texts.append(str(caught.value))
+        for parameter, value in zip(state.model.parameters(), before, strict=True):
+            assert torch.equal(parameter.to_local(), value + 1.0)
+        dist.barrier()
+        if rank == 0:
+            file.write_bytes(content)
+        dist.barrier()
+    state.load(folder)
+    for parameter, value in zip(state.model.parameters(), before, strict=True):
+        assert torch.equal(parameter.to_local(), value)
+    return texts
+
+
+def test_files_that_are_torn_are_refused_before_anything_changes(tmp_path: Path):
+    cuts = [(number, share) for number in range(2) for share in (-1.0, 0.0, 0.3, 0.9, 0.9999)]
+    for texts in run_ranks(2, _load_torn, tmp_path / "checkpoint", cuts):
+        assert all("must be whole" in text for text in texts), texts
+        assert "no such file" in texts[0]
