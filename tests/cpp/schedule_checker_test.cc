@@ -8,6 +8,7 @@
 
 #include <set>
 
+#include "runtime/gather_pipeline.h"
 #include "runtime/reduce_pipeline.h"
 #include "runtime/runtime_memory.h"
 #include "support/chain_model.h"
@@ -237,6 +238,29 @@ TEST(ScheduleChecker, GrownMemoryIsFreedAfterItsLastUse) {
     for (int layer = 0; layer < 4; ++layer) model.engine().unshard(layer);
     for (int layer = 0; layer < 4; ++layer) model.engine().reshard(layer);
     EXPECT_GT(model.engine().memory().num_grown(), 0);
+    EXPECT_EQ(recorder.race(), "");
+  }
+}
+
+// Node blocks that were not planned for go back to the allocator after hop 2, or without one.
+TEST(ScheduleChecker, GrownNodeBlocksAreFreedAfterTheirLastUse) {
+  for (const bool has_hop_2 : {true, false}) {
+    ScheduleRecorder recorder;
+    const std::shared_ptr<RuntimeStreams> streams = recorder.make_streams();
+    Model model([&](GroupInfo group) { return recorder.make_communicator(std::move(group)); },
+                streams, kTwoNodes, 0, 4, {}, {});
+    const std::vector<std::shared_ptr<Unit>>& units = model.engine().units();
+    StepDigest digest;
+    RuntimeMemory memory(units, {0, 0, 1}, *streams->compute, 0);
+    GatherPipeline gathers(units, *streams, digest);
+    gathers.set_memory(&memory);
+    gathers.begin_forward(/*is_new=*/true, /*records=*/false);
+    for (int layer = 1; layer < 4; ++layer) {
+      ASSERT_TRUE(gathers.start_rail(layer, /*may_grow=*/true));
+    }
+    EXPECT_EQ(memory.num_grown(), 2);
+    for (int layer = 1; layer < 4 && has_hop_2; ++layer) gathers.finish(layer);
+    gathers.drop_unused();
     EXPECT_EQ(recorder.race(), "");
   }
 }
