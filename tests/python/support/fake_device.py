@@ -11,43 +11,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
-import os
 import types
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 
-from support.fakes import VARIABLE
+from support.built import load_built, needs_built
 
 NAME = "fakegpu"
 BACKEND = f"cpu:gloo,{NAME}:fakecomm"  # for torch.distributed.init_process_group
-_ROOT = Path(__file__).resolve().parents[3]
-
-
-def _path() -> Path:
-    directory = os.environ.get(VARIABLE) or _ROOT / ".build" / "python" / "fakes"
-    return Path(directory) / "fake_device.so"
-
-
-needs_fake_device = pytest.mark.skipif(
-    not _path().exists() and not os.environ.get(VARIABLE),
-    reason="the C++ tests are not built here: bash tests/run.sh builds them",
-)
+needs_fake_device = needs_built("fake_device")
 
 
 @functools.cache
 def install() -> Any:
     """Makes the device known to torch, and gives the module that looks inside."""
-    specification = importlib.util.spec_from_file_location("fake_device", _path())
-    assert specification is not None, _path()
-    assert specification.loader is not None
-    core = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(core)
+    core = load_built("fake_device")
     torch.utils.rename_privateuse1_backend(NAME)
     torch._register_device_module(NAME, _device_module(core))
     torch.utils.generate_methods_for_privateuse1_backend()

@@ -11,48 +11,24 @@ from __future__ import annotations
 import contextlib
 import datetime
 import gc
-import importlib.util
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch.distributed as dist
 
+from support.built import load_built, needs_built
 from torch_mics import _C
 from torch_mics._backend import Local
 from torch_mics._groups import BACKENDS
 from torch_mics._nccl import Nccl
 
-# Where the C++ tests are built: by default where tests/run.sh builds them.
-VARIABLE = "MICS_TEST_FAKES"
-_ROOT = Path(__file__).resolve().parents[3]
-
-
-def _path() -> Path:
-    directory = os.environ.get(VARIABLE) or _ROOT / ".build" / "python" / "fakes"
-    return Path(directory) / "nccl_fakes.so"
-
-
-def _reason() -> str | None:
-    if _path().exists() or os.environ.get(VARIABLE):  # named and not there is an error
-        return None
-    return "the C++ tests are not built here: bash tests/run.sh builds them"
-
-
-needs_fakes = pytest.mark.skipif(_reason() is not None, reason=str(_reason()))
+needs_fakes = needs_built("nccl_fakes")
 
 
 def load() -> Any:
-    """Gives the module."""
-    specification = importlib.util.spec_from_file_location("nccl_fakes", _path())
-    assert specification is not None, _path()
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    """Gives the module of the fakes."""
+    return load_built("nccl_fakes")
 
 
 @contextlib.contextmanager
